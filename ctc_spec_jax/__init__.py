@@ -1,0 +1,1 @@
+"""Lossless acceleration of LLM decoding in JAX."""

@@ -1,0 +1,350 @@
+"""Training objectives of drafters and targets.
+
+Shape letters: A anchors, F draft frames, K labels (the tokens after an anchor), V vocabulary,
+D width; ``...`` are any leading axes, the same in all arguments of a call.
+
+A CTC drafter gives every frame a law over V tokens and one blank, class V. Frames collapse to
+text: merge adjacent repeats, then delete blanks. All objectives read only the log-probabilities
+of the blank, [..., F], and of the labels, [..., F, K]; two functions make them, from logits or
+from hidden states a chunk at a time. Labels are right-padded and ``label_lengths`` says how many
+count. Arithmetic is in float32, or in float64 where the inputs are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+IMPOSSIBLE = -1e30
+"""Log-probability of what no alignment reaches. Finite, since inf - inf and 0 * inf are NaN; so
+large that no sum of real log-probabilities comes near it."""
+
+OBJECTIVES = ("prefix", "ctc", "expected_length")
+"""Names that ``draft_loss`` takes weights for."""
+
+
+def gather_frame_log_probs(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Log-probabilities of the blank and of the labels at every frame.
+
+    One logsumexp per frame and no normalised copy of the logits. A logit of -inf gives -inf for
+    its class and no NaN, in values or gradients.
+
+    Args:
+      logits: [..., F, V+1], any float dtype; the blank is the last class.
+      labels: int [..., K], token ids below V; padding may be any number.
+
+    Returns:
+      ``blank [..., F]`` and ``label [..., F, K]``, float32, nats.
+    """
+    if logits.shape[:-2] != labels.shape[:-1]:
+        raise ValueError(f"logits {logits.shape} and labels {labels.shape}: leading axes differ")
+    logits = _widen(logits)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    index = jnp.clip(labels, 0, logits.shape[-1] - 2)[..., None, :]
+    index = jnp.broadcast_to(index, (*normaliser.shape, labels.shape[-1]))
+    label = jnp.take_along_axis(logits, index, axis=-1)
+    return logits[..., -1] - normaliser, label - normaliser[..., None]
+
+
+def chunked_frame_log_probs(
+    hidden: Array,
+    head: Array,
+    blank_row: Array,
+    labels: Array,
+    chunk: int,
+    blank_bias: Array | None = None,
+) -> tuple[Array, Array]:
+    """``gather_frame_log_probs`` of ``hidden @ [head, blank_row]``, without the [A, F, V] logits.
+
+    Matrix products run in the dtype of ``hidden`` and accumulate in float32. Differentiable in
+    every array, in reverse mode; the [D, V] gradient of ``head`` is computed only if asked for.
+
+    Args:
+      hidden: [A, F, D], the drafter's output states.
+      head: [D, V], the target's LM head.
+      blank_row: [D], the drafter's own column for the blank.
+      labels: int [A, K], token ids below V; padding may be any number.
+      chunk: anchors whose logits exist at a time; A is padded to a multiple of it. If A is
+        sharded, take a multiple of the number of shards: every chunk then lies on all devices.
+      blank_bias: [], added to the blank's logit.
+
+    Returns:
+      ``blank [A, F]`` and ``label [A, F, K]``, float32, nats.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if hidden.ndim != 3 or labels.ndim != 2 or hidden.shape[0] != labels.shape[0]:
+        got = f"{hidden.shape} and {labels.shape}"
+        raise ValueError(f"expected hidden [A, F, D] and labels [A, K], got {got}")
+    head, blank_row = head.astype(hidden.dtype), blank_row.astype(hidden.dtype)
+    # Label logits are products with K gathered columns: picking them out of the chunk's logits
+    # would need a scatter into [chunk, F, V] on the way back.
+    columns = jnp.take(head.T, jnp.clip(labels, 0, head.shape[1] - 1), axis=0)  # [A, K, D]
+    label = _product("afd,akd->afk", hidden, columns)
+    blank = _product("afd,d->af", hidden, blank_row)
+    if blank_bias is not None:
+        blank = blank + blank_bias.astype(blank.dtype)
+    normaliser = jnp.logaddexp(_vocab_logsumexp(chunk, hidden, head), blank)
+    return blank - normaliser, label - normaliser[..., None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _vocab_logsumexp(chunk: int, hidden: Array, head: Array) -> Array:
+    """logsumexp over V of ``hidden @ head``: [A, F, D], [D, V] -> [A, F]."""
+    return _map_chunks(
+        lambda h: jax.nn.logsumexp(_product("afd,dv->afv", h, head), axis=-1), chunk, hidden
+    )
+
+
+def _vocab_logsumexp_fwd(chunk, hidden, head):
+    # The gradient in hidden is the softmax-weighted mean of the head's columns, no larger than
+    # hidden: one matmul now, where recomputing the logits in the backward pass would take two.
+    def one(h):
+        logits = _product("afd,dv->afv", h, head.value)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mean = _product("afv,dv->afd", weights.astype(h.dtype), head.value) / total
+        return (jnp.log(total) + top)[..., 0], mean.astype(h.dtype)
+
+    normaliser, mean_column = _map_chunks(one, chunk, hidden.value)
+    for_head = (hidden.value, head.value, normaliser) if head.perturbed else None
+    return normaliser, (mean_column, for_head)
+
+
+def _vocab_logsumexp_bwd(chunk, residuals, cotangent):
+    mean_column, for_head = residuals
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    d_hidden = (cotangent[..., None] * _widen(mean_column)).astype(mean_column.dtype)
+    if for_head is None:
+        return d_hidden, None
+    hidden, head, normaliser = for_head
+
+    def add(total, part):
+        h, lse, weight = part
+        softmax = jnp.exp(_product("afd,dv->afv", h, head) - lse[..., None])
+        weighted = (softmax * weight[..., None]).astype(h.dtype)
+        return total + _product("afd,afv->dv", h, weighted), None
+
+    parts = [_split(chunk, x) for x in (hidden, normaliser, cotangent)]
+    d_head, _ = lax.scan(add, jnp.zeros(head.shape, normaliser.dtype), parts)
+    return d_hidden, d_head.astype(head.dtype)
+
+
+_vocab_logsumexp.defvjp(_vocab_logsumexp_fwd, _vocab_logsumexp_bwd, symbolic_zeros=True)
+
+
+def _split(chunk: int, x: Array) -> Array:
+    """[A, ...] -> [chunks, anchors per chunk, ...], padded with zeros."""
+    # Chunk j holds the anchors j, j + chunks, ...: with A sharded over devices it takes an equal
+    # part from each, where a chunk of neighbours would lie on one device.
+    chunk = min(chunk, x.shape[0])
+    num_chunks = -(-x.shape[0] // chunk)
+    x = jnp.pad(x, [(0, num_chunks * chunk - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    return jnp.moveaxis(x.reshape(chunk, num_chunks, *x.shape[1:]), 1, 0)
+
+
+def _map_chunks(function, chunk: int, x: Array):
+    """``function`` over chunks of the leading axis; every output has that axis."""
+
+    def join(y):
+        return jnp.moveaxis(y, 0, 1).reshape(-1, *y.shape[2:])[: x.shape[0]]
+
+    return jax.tree.map(join, lax.map(function, _split(chunk, x)))
+
+
+def ctc_log_prob(blank: Array, label: Array, labels: Array, label_lengths: Array) -> Array:
+    """Log-probability that the frames collapse to exactly ``labels[:label_lengths]``.
+
+    Args:
+      blank: [..., F], log-probability of the blank.
+      label: [..., F, K], log-probability of ``labels[..., k]`` at each frame.
+      labels: int [..., K]; read only to see which neighbours are equal.
+      label_lengths: int [...], 0..K.
+
+    Returns:
+      float32 [...]. ``IMPOSSIBLE``, with zero gradient, where no alignment exists: n tokens with
+      r adjacent repeats need n + r frames, and finite log-probabilities there.
+
+    References:
+      Graves et al. 2006, Connectionist Temporal Classification, section 4.1; their 2K+1 states,
+      where a blank belongs to the token before it.
+    """
+    return _at_length(_alignment_log_probs(blank, label, labels)[1], label_lengths)
+
+
+def prefix_log_probs(
+    blank: Array, label: Array, labels: Array, label_lengths: Array | None = None
+) -> Array:
+    """Log-probability that the collapsed frames begin with ``labels[:k]``, for k = 1..K.
+
+    Args:
+      blank, label, labels: as for ``ctc_log_prob``.
+      label_lengths: int [...]; None means that no label is padding.
+
+    Returns:
+      float32 [..., K], non-increasing. ``IMPOSSIBLE``, with zero gradient, for padding and for
+      prefixes without an alignment.
+
+    References:
+      Graves et al. 2006, Connectionist Temporal Classification, section 3.2 (prefix search).
+    """
+    prefix = _alignment_log_probs(blank, label, labels)[0]
+    return prefix if label_lengths is None else _drop_padding(prefix, label_lengths)
+
+
+def _alignment_log_probs(blank, label, labels):
+    """``prefix [..., K]`` and ``whole [..., K+1]``, the log-masses of all alignments.
+
+    ``prefix[k-1]`` is the mass whose collapse begins with the first k labels, ``whole[k]`` the
+    mass whose collapse is exactly those. Over the frames so far, ``in_label`` and ``in_blank``
+    hold, for every k at once, the mass that spells k labels and ends in the last one, or after
+    it in a blank; ``whole`` is their sum. An alignment enters a prefix once: entries are disjoint.
+    """
+    if label.shape != (*blank.shape, *labels.shape[-1:]) or blank.shape[:-1] != labels.shape[:-1]:
+        got = f"{blank.shape}, {label.shape} and {labels.shape}"
+        raise ValueError(f"expected blank [..., F], label [..., F, K], labels [..., K], got {got}")
+    # Anchors go last: they fill the vector lanes, and the shift by one label moves whole rows.
+    blank = jnp.maximum(_widen(jnp.moveaxis(blank, -1, 0)), IMPOSSIBLE)[:, None]  # [F, 1, ...]
+    label = jnp.maximum(_widen(jnp.moveaxis(label, (-2, -1), (0, 1))), IMPOSSIBLE)  # [F, K, ...]
+    labels = jnp.moveaxis(labels, -1, 0)
+    repeat = jnp.concatenate([jnp.zeros_like(labels[:1], bool), labels[1:] == labels[:-1]])
+
+    def step(state, frame):
+        in_blank, in_label, whole = state  # [K+1, ...], [K, ...], [K+1, ...]
+        frame_blank, frame_label = frame
+        # A token equal to the last one is a new one only after a blank.
+        enter = frame_label + jnp.where(repeat, in_blank[:-1], whole[:-1])
+        in_blank = frame_blank + whole
+        in_label = jnp.logaddexp(enter, frame_label + in_label)
+        whole = jnp.concatenate([in_blank[:1], jnp.logaddexp(in_blank[1:], in_label)])
+        return (in_blank, in_label, whole), enter
+
+    never = jnp.full_like(label[0], IMPOSSIBLE)
+    start = jnp.concatenate([jnp.zeros_like(blank[0]), never])
+    (_, _, whole), enter = lax.scan(step, (start, never, start), (blank, label))
+    prefix = jax.nn.logsumexp(enter, axis=0)
+    return _floor(jnp.moveaxis(prefix, 0, -1)), _floor(jnp.moveaxis(whole, 0, -1))
+
+
+def _floor(log_probs):
+    # States without mass lie near multiples of IMPOSSIBLE. The constant stops the gradient here;
+    # inside the recursion their weight next to a real state is exactly zero.
+    return jnp.where(log_probs > 0.1 * IMPOSSIBLE, log_probs, IMPOSSIBLE)
+
+
+def _at_length(whole, label_lengths):
+    return jnp.take_along_axis(whole, label_lengths[..., None], axis=-1)[..., 0]
+
+
+def _drop_padding(prefix, label_lengths):
+    position = lax.broadcasted_iota(label_lengths.dtype, prefix.shape, prefix.ndim - 1)
+    return jnp.where(position < label_lengths[..., None], prefix, IMPOSSIBLE)
+
+
+def draft_loss(
+    blank: Array,
+    label: Array,
+    labels: Array,
+    label_lengths: Array,
+    weights: Mapping[str, float | Array],
+    prefix_weights: Array | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Weighted combination of the three objectives from one recursion.
+
+    Each is a mean over the valid anchors, those with a label. What has no alignment adds nothing
+    and has no gradient, but its anchor counts: the denominator depends on the data alone.
+
+    Args:
+      blank, label, labels, label_lengths: as for ``ctc_log_prob``.
+      weights: one for each of ``OBJECTIVES``, numbers or traced scalars; a missing name is 0.
+        ``expected_length`` is maximised: it enters with a minus sign.
+      prefix_weights: ``weights`` of ``prefix_loss``.
+
+    Returns:
+      The loss, float32 [], and the value of each of ``OBJECTIVES``, unweighted.
+    """
+    if unknown := set(weights) - set(OBJECTIVES):
+        raise ValueError(f"weights must be among {OBJECTIVES}, got {sorted(unknown)}")
+    prefix, whole = _alignment_log_probs(blank, label, labels)
+    prefix = _drop_padding(prefix, label_lengths)
+    charges = _charge(prefix)
+    if prefix_weights is not None:
+        charges *= jnp.broadcast_to(prefix_weights.astype(charges.dtype), charges.shape)
+    terms = {
+        "prefix": jnp.sum(charges, axis=-1),
+        "ctc": _charge(_at_length(whole, label_lengths)),
+        "expected_length": jnp.sum(jnp.exp(prefix), axis=-1),
+    }
+    values = {name: _mean(term, label_lengths > 0) for name, term in terms.items()}
+    costs = values | {"expected_length": -values["expected_length"]}
+    loss = sum((weights[name] * costs[name] for name in weights), jnp.zeros_like(values["ctc"]))
+    return loss, values
+
+
+def ctc_loss(blank: Array, label: Array, labels: Array, label_lengths: Array) -> Array:
+    """``-log P(collapse == label)``, mean as in ``draft_loss``: nats per anchor, float32 []."""
+    return draft_loss(blank, label, labels, label_lengths, {})[1]["ctc"]
+
+
+def prefix_loss(
+    blank: Array, label: Array, labels: Array, label_lengths: Array, weights: Array | None = None
+) -> Array:
+    """``sum_k weights[k] * -log P(labels[:k] is a prefix)``, mean as in ``draft_loss``.
+
+    A prefix's log-probability is the sum of its tokens' conditional ones, so uniform weights
+    charge token j (of n) n - j + 1 times: the early tokens, on which the acceptance of all later
+    ones depends, count most. All weight on the last k charges every token once.
+
+    ``weights`` [K], not renormalised over padding; None means 1 for every k. Returns float32 [].
+    """
+    return draft_loss(blank, label, labels, label_lengths, {}, weights)[1]["prefix"]
+
+
+def expected_accepted_length(
+    blank: Array, label: Array, labels: Array, label_lengths: Array
+) -> Array:
+    """``sum_k P(labels[:k] is a prefix)``, mean as in ``draft_loss``: 0..K tokens, float32 [].
+
+    How many labels a sample of the drafter's own law gets right before its first error. Its
+    gradient vanishes with the probability of a prefix, so it cannot start a training.
+    """
+    return draft_loss(blank, label, labels, label_lengths, {})[1]["expected_length"]
+
+
+def cross_entropy(logits: Array, labels: Array, mask: Array) -> Array:
+    """Mean negative log-likelihood where ``mask`` is true: nats per token, float32 [].
+
+    ``logits`` [..., V], any float dtype; ``labels`` int [...], ids below V, anything where the
+    mask is false; ``mask`` bool [...]. 0 if the mask is false everywhere.
+    """
+    logits = _widen(logits)
+    index = jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None]
+    label = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+    return _mean(jax.nn.logsumexp(logits, axis=-1) - label, mask)
+
+
+def _charge(log_probs):
+    return jnp.where(log_probs > IMPOSSIBLE, -log_probs, 0.0)
+
+
+def _mean(x, valid):
+    count = jnp.maximum(jnp.sum(valid), 1).astype(x.dtype)
+    return jnp.sum(jnp.where(valid, x, 0.0)) / count
+
+
+def _product(subscripts, x, y):
+    return jnp.einsum(subscripts, x, y, preferred_element_type=_wide_dtype(x.dtype))
+
+
+def _wide_dtype(dtype):
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _widen(x):
+    return x.astype(_wide_dtype(x.dtype))

@@ -1,0 +1,228 @@
+"""Experiment files: YAML with a fixed set of keys, changed by ``section.field=value`` arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+import yaml
+
+from ctc_spec_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where and how long. ``folder`` holds checkpoints, metrics and the export."""
+
+    folder: str = "runs/unnamed"
+    seed: int = 0
+    steps: int = 1000
+    log_every: int = 20
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW with linear warm-up, cosine decay to ``final`` x ``rate``, clipping by global norm."""
+
+    rate: float = 1e-3
+    warmup: int = 100
+    final: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    decay: float = 0.1
+    clip: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """``rows`` sequences of ``length`` tokens a step, ``microbatch`` of them at a time.
+
+    The gradients of a step are summed on the device over its micro-batches.
+    """
+
+    rows: int = 16
+    microbatch: int = 4
+    length: int = 256
+    anchors: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Training text.
+
+    ``sources`` names installed packages (``stdlib`` for the standard library) whose Python files
+    are read, each file held out with probability ``heldout`` by a hash of its relative path.
+    ``answers`` is a file of ``train.regenerate`` for the drafter; answers whose share of repeated
+    8-token groups exceeds ``max_loop`` are left out.
+    """
+
+    sources: tuple[str, ...] = ("stdlib",)
+    max_bytes: int = 0
+    heldout: float = 0.02
+    tokenizer: str = ""
+    vocab_size: int = 4096
+    answers: str = ""
+    max_loop: float = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Shape of a target that is trained from text; see ``DecoderConfig``."""
+
+    width: int = 192
+    layers: int = 10
+    heads: int = 3
+    kv_heads: int = 1
+    mlp_width: int = 512
+    rope_theta: float = 10000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafter:
+    """Shape of a CTC drafter and of the tree that its evaluation decodes with."""
+
+    preset: str = ""
+    layers: int = 1
+    frames: int = 12
+    taps: tuple[int, ...] = ()
+    mlp_width: int = 0
+    tree_nodes: int = 16
+    init_from: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Weights of the drafter's objectives over ``labels`` future tokens.
+
+    ``decay`` weights the k-th prefix by ``decay ** (k - 1)``.
+    """
+
+    labels: int = 8
+    prefix: float = 1.0
+    ctc: float = 0.0
+    expected_length: float = 0.0
+    decay: float = 0.9
+    chunk: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Held-out measurement: ``rows`` sequences for the loss, ``prompts`` for the real decoder."""
+
+    rows: int = 64
+    prompts: int = 16
+    prompt_length: int = 96
+    new_tokens: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One experiment. ``objective`` is ``target`` (next token) or ``drafter``."""
+
+    objective: str
+    target: str = ""
+    run: Run = Run()
+    optim: Optim = Optim()
+    batch: Batch = Batch()
+    data: Data = Data()
+    model: Model = Model()
+    drafter: Drafter = Drafter()
+    loss: Loss = Loss()
+    evaluation: Evaluation = Evaluation()
+
+    def __post_init__(self):
+        if self.objective not in ("target", "drafter"):
+            raise InputError(
+                f"objective: expected 'target' or 'drafter', found {self.objective!r}"
+            )
+        if self.batch.microbatch < 1 or self.batch.rows % self.batch.microbatch:
+            raise InputError(
+                f"batch.microbatch: expected a divisor of batch.rows ({self.batch.rows}), "
+                f"found {self.batch.microbatch}"
+            )
+
+
+def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
+    """Read an experiment file and apply ``section.field=value`` overrides (values are YAML).
+
+    Raises:
+      InputError: unreadable file, unknown key, or a value of the wrong type.
+    """
+    try:
+        with open(path) as file:
+            tree = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise InputError(f"config: expected a readable file, found {path} ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"config: expected YAML in {path}, found {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"config: expected sections in {path}, found {type(tree).__name__}")
+    for override in overrides:
+        name, separator, value = override.partition("=")
+        if not separator:
+            raise InputError(f"override: expected section.field=value, found {override!r}")
+        *sections, field = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise InputError(f"override: expected a section at {section!r}, found a value")
+        node[field] = yaml.safe_load(value)
+    return _build(TrainConfig, tree, "")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The resolved configuration as plain YAML types; ``load_config`` reads it back unchanged."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def _build(cls, tree: dict[str, Any], prefix: str):
+    hints = typing.get_type_hints(cls)
+    unknown = [key for key in tree if key not in hints]
+    if unknown:
+        raise InputError(
+            f"config key {prefix}{unknown[0]}: expected one of {', '.join(hints)}, found no such key"
+        )
+    if "objective" in hints and "objective" not in tree:
+        raise InputError("config key objective: expected 'target' or 'drafter', found nothing")
+    values = {}
+    for key, value in tree.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise InputError(f"config key {prefix}{key}: expected a section, found {value!r}")
+            values[key] = _build(hint, value, f"{prefix}{key}.")
+        else:
+            values[key] = _coerce(value, hint, prefix + key)
+    return cls(**values)
+
+
+def _coerce(value, hint, name: str):
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple):
+            raise InputError(f"config key {name}: expected a list, found {value!r}")
+        return tuple(_coerce(entry, item, name) for entry in value)
+    if hint is float and isinstance(value, str):
+        # YAML reads 1e-3 as text: its floats need a dot.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    expected = hint.__origin__ if isinstance(hint, types.GenericAlias) else hint
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise InputError(f"config key {name}: expected {expected.__name__}, found {value!r}")
+    return value

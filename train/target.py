@@ -1,0 +1,88 @@
+"""Objective ``target``: a small causal language model learns the next token of Python sources."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ctc_spec_jax import losses
+from ctc_spec_jax.models.config import DecoderConfig
+from ctc_spec_jax.models.decoder import DecoderLM, output_logits
+from train import data
+from train.config import TrainConfig
+
+
+class TargetObjective:
+    """Next-token cross-entropy over windows of the corpus; exports an ordinary HF folder."""
+
+    frozen = None
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        texts, heldout = data.corpus(
+            config.data.sources, config.data.heldout, config.data.max_bytes
+        )
+        self.tokenizer = data.train_tokenizer(texts, config.data.vocab_size)
+        train, held = (data.tokenize(self.tokenizer, part) for part in (texts, heldout))
+        self.windows = data.Windows(train, config.batch.length)
+        self.heldout = data.Windows(held, config.batch.length)
+        self.record = {
+            "train_bytes": sum(len(text.encode()) for text in texts),
+            "train_tokens": len(train),
+            "heldout_tokens": len(held),
+        }
+        model = config.model
+        self.lm = DecoderLM(
+            DecoderConfig(
+                vocab_size=config.data.vocab_size,
+                width=model.width,
+                num_layers=model.layers,
+                num_heads=model.heads,
+                num_kv_heads=model.kv_heads,
+                head_width=model.width // model.heads,
+                mlp_width=model.mlp_width,
+                rope_theta=model.rope_theta,
+                tied_embeddings=True,
+            )
+        )
+        self._heldout_loss = jax.jit(self._mean_loss)
+
+    def init(self, key):
+        """Fresh parameters. ``key`` is consumed."""
+        return self.lm.init(key)
+
+    def batch(self, step: int):
+        """int32 [B, T] windows of one step."""
+        return self.windows.batch(self.config.run.seed, step, self.config.batch.rows)
+
+    def loss(self, params, frozen, tokens, key):
+        """Mean next-token loss in nats of one micro-batch, and its metrics."""
+        del frozen, key
+        loss = self._mean_loss(params, tokens)
+        return loss, {"loss": loss}
+
+    def evaluate(self, params) -> dict[str, float]:
+        """Held-out loss in nats per token and bits per byte-pair token."""
+        rows = self.config.batch.microbatch
+        steps = max(1, self.config.evaluation.rows // rows)
+        total = sum(
+            float(self._heldout_loss(params, self.heldout.batch(0, step, rows)))
+            for step in range(steps)
+        )
+        return {"heldout_loss": total / steps, "heldout_perplexity": math.exp(total / steps)}
+
+    def export(self, params, folder: str, record: dict) -> None:
+        """Write config.json, model.safetensors, the tokenizer and ``training.json``."""
+        from ctc_spec_jax.models import convert
+
+        convert.save_target(
+            folder, self.lm, params, tokenizer=self.tokenizer, training=record | self.record
+        )
+
+    def _mean_loss(self, params, tokens):
+        lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
+        hidden, _, _ = self.lm.hidden(params, tokens, lengths)
+        logits = output_logits(params, hidden[:, :-1])
+        return losses.cross_entropy(logits, tokens[:, 1:], jnp.ones_like(tokens[:, 1:], bool))
