@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 ROOT = 0
 """Slot of the root node: the pending token, emitted but not yet in the target's cache."""
@@ -72,29 +73,32 @@ class Acceptance:
 
 @pytree
 class Stats:
-    """Counters of one decode; a round is one target pass.
+    """Counters of one decode; a round is one target pass after the prefill.
 
-    A row that is cut by a stop or a budget counts the tokens it keeps, never those past the cut.
+    ``emitted[b, r]`` is the number of tokens that row b kept from its round r, the target's own
+    token included; 0 past ``rounds[b]``. Tokens past a stop or a budget are never counted.
     """
 
     rounds: jax.Array  # int32 [B], target passes while the row was running
-    accepted: jax.Array  # int32 [B, M+1]; [b, n-1] = rounds of row b that emitted n tokens
+    emitted: jax.Array  # int32 [B, R]
 
 
 @pytree
 class DecodeState:
     """Carry of the decode loop.
 
-    ``tokens[b, :length[b]]`` is in the target's cache and ``tokens[b, length[b]]`` is pending.
+    ``tokens[b, :length[b]]`` is in the target's cache and ``tokens[b, length[b]]`` is pending,
+    so ``length + 1`` tokens of a row are known. What lies behind them is garbage.
     """
 
     tokens: jax.Array  # int32 [B, S]
     length: jax.Array  # int32 [B]
+    limit: jax.Array  # int32 [B], most known tokens a row may have: prompt and max_new_tokens
+    stops: jax.Array  # int32 [B, X], stop token ids, padded with NO_TOKEN
     cache: Any
     drafter: Any
     key: jax.Array
     finish: jax.Array  # int32 [B], RUNNING, STOPPED or OUT_OF_BUDGET
-    end: jax.Array  # int32 [B], first position past the row's last kept token
     stats: Stats
 
 
@@ -104,8 +108,13 @@ class DraftContext:
 
     params: Params  # the target's parameters
     tokens: jax.Array  # int32 [B, S]
-    length: jax.Array  # int32 [B], tokens in the cache
+    length: jax.Array  # int32 [B], tokens in the cache; the next one is pending
     cache: Any  # the target's cache
+
+    @property
+    def pending(self) -> jax.Array:
+        """int32 [B], the token that roots the next tree."""
+        return jnp.take_along_axis(self.tokens, self.length[:, None], axis=1)[:, 0]
 
 
 @pytree
@@ -154,18 +163,33 @@ class Drafter(Protocol):
         ...
 
     def commit(
-        self, params: Params, state: Any, context: DraftContext, output: TargetOutput, path
+        self,
+        params: Params,
+        state: Any,
+        context: DraftContext,
+        output: TargetOutput,
+        acceptance: Acceptance,
     ) -> Any:
-        """State after the nodes of ``path`` [B, M+1] entered the cache at ``context.length``.
+        """State after the accepted path entered the cache at ``context.length``.
 
-        Rows past the accepted length may be written: they are overwritten by the next round.
+        ``context`` is that of ``propose``. All M+1 rows of the path may be written: those past
+        the accepted length are overwritten by the next round.
         """
         ...
 
 
 class Verifier(Protocol):
-    """A rule that decides which path of a tree is kept."""
+    """A frozen dataclass: the rule that decides which path of a tree is kept."""
 
-    def __call__(self, key, tree: DraftTree, logits: jax.Array, max_depth: int) -> Acceptance:
-        """``logits`` [B, N, V] float32, processed. ``key`` is consumed."""
+    def __call__(self, key, tree: DraftTree, depth, mask, logits, max_depth: int) -> Acceptance:
+        """Accept a path.
+
+        Args:
+          key: consumed.
+          tree: the draft.
+          depth: int32 [B, N].
+          mask: bool [B, N, N], ancestors of each node and itself.
+          logits: float32 [B, N, V], processed.
+          max_depth: M.
+        """
         ...

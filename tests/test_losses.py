@@ -402,7 +402,7 @@ def test_cross_entropy():
     want_grad = np.where(mask[..., None], np.exp(log_probs) - one_hot, 0) / 3
     np.testing.assert_allclose(grad, want_grad, atol=1e-6)
     loss, grad = run(jnp.asarray(logits, jnp.bfloat16), args[0], jnp.zeros((2, 3), bool))
-    assert loss == 0 and loss.dtype == jnp.float32 and not np.any(grad)
+    assert loss.dtype == jnp.float32 and loss == 0 and not np.any(grad)
 
 
 def test_errors_name_the_argument():

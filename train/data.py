@@ -17,6 +17,9 @@ import numpy as np
 
 from ctc_spec_jax.errors import InputError
 
+HELDOUT = 0.02
+"""Share of files that are held out."""
+
 END_OF_TEXT = "<|endoftext|>"
 """Separates files; the target's only special token."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 
 from ctc_spec_jax import losses
+from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM, output_logits
 from train import data
@@ -75,11 +78,21 @@ class TargetObjective:
 
     def export(self, params, folder: str, record: dict) -> None:
         """Write config.json, model.safetensors, the tokenizer and ``training.json``."""
-        from ctc_spec_jax.models import convert
-
+        end = self.tokenizer.eos_token_id
         convert.save_target(
-            folder, self.lm, params, tokenizer=self.tokenizer, training=record | self.record
+            folder,
+            self.lm,
+            params,
+            {
+                "eos_token_id": end,
+                "pad_token_id": end,
+                "bos_token_id": None,
+                "max_position_embeddings": self.config.batch.length,
+            },
         )
+        self.tokenizer.save_pretrained(folder)
+        text = json.dumps(record | self.record, indent=1) + "\n"
+        (pathlib.Path(folder) / "training.json").write_text(text)
 
     def _mean_loss(self, params, tokens):
         lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import yaml
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from ctc_spec_jax.checkpoint import Checkpoints
@@ -50,8 +52,8 @@ def optimizer(config: Optim, steps: int) -> optax.GradientTransformation:
 def make_step(objective, update: optax.GradientTransformation, microbatches: int):
     """The jitted training step: ``(state, frozen, batch, key) -> (state, metrics)``.
 
-    ``batch`` leaves are [B, ...]; their gradients are averaged over micro-batches on the device.
-    ``state`` is donated.
+    ``batch`` leaves are [microbatches, rows, ...]; gradients are averaged over micro-batches on
+    the device. ``state`` is donated.
     """
 
     def train_step(state, frozen, batch, key):
@@ -62,10 +64,9 @@ def make_step(objective, update: optax.GradientTransformation, microbatches: int
             (_, metrics), grads = gradient(state["params"], frozen, part, part_key)
             return jax.tree.map(jnp.add, carry, grads), metrics
 
-        parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
         zeros = jax.tree.map(jnp.zeros_like, state["params"])
         index = jnp.arange(microbatches, dtype=jnp.int32)
-        grads, metrics = jax.lax.scan(one, zeros, (index, parts))
+        grads, metrics = jax.lax.scan(one, zeros, (index, batch))
         grads = jax.tree.map(lambda g: g / microbatches, grads)
         updates, optimizer_state = update.update(grads, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -87,7 +88,11 @@ def train(config: TrainConfig, objective, quiet: bool = False) -> dict:
     update = optimizer(config.optim, config.run.steps)
     init_key, step_key = jax.random.split(jax.random.key(config.run.seed))
     params = objective.init(init_key)
-    state = {"params": params, "optimizer": update.init(params)}
+    # Rows of a micro-batch are split over the devices; parameters are on each of them.
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    rows, everywhere = NamedSharding(mesh, P(None, "data")), NamedSharding(mesh, P())
+    state = jax.device_put({"params": params, "optimizer": update.init(params)}, everywhere)
+    frozen = jax.device_put(objective.frozen, everywhere)
     del params, init_key
 
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep)
@@ -96,13 +101,17 @@ def train(config: TrainConfig, objective, quiet: bool = False) -> dict:
         state = checkpoints.restore(start, state)
         print(f"resumed from step {start} in {folder}", flush=True)
     log = Log(folder / "metrics.jsonl", start)
-    step_function = make_step(objective, update, config.batch.rows // config.batch.microbatch)
+    microbatches = config.batch.rows // config.batch.microbatch
+    step_function = make_step(objective, update, microbatches)
 
     began = time.monotonic()
     bar = tqdm(range(start, config.run.steps), initial=start, total=config.run.steps, disable=quiet)
     for step in bar:
         key = jax.random.fold_in(step_key, step)
-        state, metrics = step_function(state, objective.frozen, objective.batch(step), key)
+        batch = jax.tree.map(
+            lambda x: x.reshape(microbatches, -1, *x.shape[1:]), objective.batch(step)
+        )
+        state, metrics = step_function(state, frozen, jax.device_put(batch, rows), key)
         done = step + 1
         if done % config.run.log_every == 0 or done == config.run.steps:
             log.write(done, metrics)

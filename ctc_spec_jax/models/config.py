@@ -1,4 +1,4 @@
-"""Architecture of a decoder, read from an ordinary Hugging Face ``config.json``."""
+"""Architecture of a decoder, read from and written as an ordinary Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ class DecoderConfig:
                 f"num_attention_heads: expected a multiple of num_key_value_heads "
                 f"({self.num_kv_heads}), found {self.num_heads}"
             )
+        if self.head_width % 2:
+            raise ValueError(f"head_dim: expected an even number, found {self.head_width}")
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(
                 f"windows: expected {self.num_layers} entries, found {len(self.windows)}"
@@ -74,10 +76,12 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """Decoder configuration of a Hugging Face ``config.json``.
 
     Reads the spellings of transformers 4 (``rope_theta``, ``rope_scaling``) and 5
-    (``rope_parameters``).
+    (``rope_parameters``); a key that the file leaves out has the default of its family there.
 
     Raises:
-      ValueError: unknown ``model_type``, activation or rope type, or a missing key.
+      ValueError: unknown ``model_type``, activation, rope or layer type, a missing key, a value
+        of the wrong type, or a feature that would change the arithmetic (quantisation, rotary
+        embedding of a part of the head).
     """
     family = hf.get("model_type")
     if family not in FAMILIES:
@@ -85,21 +89,25 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     activation = hf.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(f"hidden_act: expected 'silu', found {activation!r}")
-    missing = [key for key in _REQUIRED if key not in hf]
-    if missing:
-        raise ValueError(f"config.json: expected key {missing[0]!r}, found none")
-    heads = hf["num_attention_heads"]
+    if hf.get("quantization_config"):
+        raise ValueError("quantization_config: expected none (floating-point weights), found one")
+    hf = {**_DEFAULTS[family], **hf}
+    heads, width = _size(hf, "num_attention_heads"), _size(hf, "hidden_size")
+    if hf.get("head_dim") is None and width % heads:
+        raise ValueError(
+            f"hidden_size: expected a multiple of num_attention_heads ({heads}), found {width}"
+        )
     theta, scaling = _rope(hf)
     llama_bias = family in ("llama", "qwen3") and bool(hf.get("attention_bias", False))
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
+        vocab_size=_size(hf, "vocab_size"),
+        width=width,
+        num_layers=_size(hf, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_width=hf.get("head_dim") or hf["hidden_size"] // heads,
-        mlp_width=hf["intermediate_size"],
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        num_kv_heads=_size(hf, "num_key_value_heads", heads),
+        head_width=_size(hf, "head_dim", width // heads),
+        mlp_width=_size(hf, "intermediate_size"),
+        norm_eps=_number(hf, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
@@ -111,46 +119,157 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     )
 
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-)
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "head_dim": 128,
+    },
+}
 
 
-def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling]:
-    rope = hf.get("rope_parameters")
-    if rope is None:
-        rope = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope_type: expected default, linear or llama3, found {kind!r}")
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-    if kind == "default":
-        return theta, RopeScaling()
-    known = RopeScaling()
-    return theta, RopeScaling(
-        kind=kind,
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope.get("low_freq_factor", known.low_freq_factor)),
-        high_freq_factor=float(rope.get("high_freq_factor", known.high_freq_factor)),
-        original_max_position=int(
-            rope.get("original_max_position_embeddings", known.original_max_position)
-        ),
+def config_to_hf(config: DecoderConfig, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The ``config.json`` that ``config_from_hf`` reads as ``config``.
+
+    The rotary embedding is written in the spellings of transformers 4 and 5. Keys of ``extra``
+    (token ids, ``max_position_embeddings``) are kept unless they describe the architecture; its
+    ``model_type`` is preferred where it fits.
+
+    Raises:
+      ValueError: no family of ``FAMILIES`` has this architecture.
+    """
+    extra = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **(extra or {})}
+    families = sorted(FAMILIES, key=lambda family: family != extra.get("model_type"))
+    for family in families:
+        hf = {**extra, **_hf_keys(config, family)}
+        try:
+            same = config_from_hf(hf) == config
+        except ValueError:
+            continue
+        if same:
+            return hf
+    raise ValueError(
+        f"config: expected an architecture of {', '.join(FAMILIES)}, found none that fits {config}"
     )
 
 
+def _hf_keys(config: DecoderConfig, family: str) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": scaling.kind}
+    if scaling.kind != "default":
+        rope["factor"] = scaling.factor
+    if scaling.kind == "llama3":
+        rope["low_freq_factor"] = scaling.low_freq_factor
+        rope["high_freq_factor"] = scaling.high_freq_factor
+        rope["original_max_position_embeddings"] = scaling.original_max_position
+    sliding = [window > 0 for window in config.windows] or [False] * config.num_layers
+    hf = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "intermediate_size": config.mlp_width,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling.kind == "default" else rope,
+        "rope_parameters": {"rope_theta": config.rope_theta, **rope},
+        "tie_word_embeddings": config.tied_embeddings,
+    }
+    if family in ("llama", "qwen3"):
+        hf["attention_bias"] = config.qkv_bias
+    if family == "llama":
+        hf["mlp_bias"] = config.mlp_bias
+    else:
+        hf["sliding_window"] = max(config.windows, default=0) or None
+    if family in ("qwen2", "qwen3"):
+        hf["use_sliding_window"] = any(sliding)
+        # transformers 4 before layer_types: the layers from this one on slide.
+        hf["max_window_layers"] = [*sliding, True].index(True)
+        hf["layer_types"] = ["sliding_attention" if s else "full_attention" for s in sliding]
+    return hf
+
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def _size(hf: dict[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
+    value = default if hf.get(key) is None else hf[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        found = "none" if value is None else repr(value)
+        raise ValueError(f"{key}: expected a whole number of at least {least}, found {found}")
+    return value
+
+
+def _number(hf: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = default if hf.get(key) is None else hf[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        found = "none" if value is None else repr(value)
+        raise ValueError(f"{key}: expected a positive number, found {found}")
+    return float(value)
+
+
+def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling]:
+    # transformers 5 lets the old spelling win where a file has both.
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = hf.get(key) or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"{key}: expected one flat object for all layers, found {rope!r}")
+    rope = {
+        "rope_theta": hf.get("rope_theta"),
+        "partial_rotary_factor": hf.get("partial_rotary_factor"),
+        "original_max_position_embeddings": hf.get("max_position_embeddings"),
+        **rope,
+    }
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope_type: expected default, linear or llama3, found {kind!r}")
+    if _number(rope, "partial_rotary_factor", 1.0) != 1:
+        found = rope["partial_rotary_factor"]
+        raise ValueError(f"partial_rotary_factor: expected 1, found {found!r}")
+    theta = _number(rope, "rope_theta", 10000.0)
+    if kind == "default":
+        return theta, RopeScaling()
+    factor = _number(rope, "factor")
+    if kind == "linear":
+        return theta, RopeScaling(kind=kind, factor=factor)
+    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+    if low >= high:
+        raise ValueError(f"low_freq_factor: expected less than high_freq_factor, found {low}")
+    original = _size(rope, "original_max_position_embeddings")
+    return theta, RopeScaling(kind, factor, low, high, original)
+
+
 def _windows(hf: dict[str, Any], family: str) -> tuple[int, ...]:
-    window = hf.get("sliding_window") or 0
     layers = hf["num_hidden_layers"]
-    if family == "mistral" and window:
+    slides = family == "mistral" or (family != "llama" and bool(hf.get("use_sliding_window")))
+    if not slides or hf.get("sliding_window") is None:
+        return ()
+    window = _size(hf, "sliding_window")
+    if family == "mistral":
         return (window,) * layers
-    if family in ("qwen2", "qwen3") and window and hf.get("use_sliding_window", False):
-        types = hf.get("layer_types")
-        if types is None:
-            first = hf.get("max_window_layers", layers)
-            types = ["sliding_attention" if i >= first else "full" for i in range(layers)]
-        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
-    return ()
+    types = hf.get("layer_types")
+    if types is None:
+        first = _size(hf, "max_window_layers", least=0)
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown or len(types) != layers:
+        found = repr(min(unknown)) if unknown else f"{len(types)} entries"
+        raise ValueError(
+            f"layer_types: expected {layers} of sliding_attention or full_attention, found {found}"
+        )
+    windows = tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    return windows if any(windows) else ()

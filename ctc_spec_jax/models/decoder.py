@@ -36,13 +36,19 @@ class DecoderLayer(nn.Module):
         # Residual branches start small so that depth does not blow up the variance.
         residual = nn.initializers.normal(0.02 / (2 * c.num_layers) ** 0.5)
 
-        h = layers.rms_norm(x, self.param("attention_norm", nn.initializers.ones, (c.width,)), c.norm_eps)
+        h = layers.rms_norm(
+            x, self.param("attention_norm", nn.initializers.ones, (c.width,)), c.norm_eps
+        )
         qkv = self.param("qkv", _INIT, (c.width, kv, group + 2, head))
         fused = layers.linear(h, qkv, self._bias("qkv_bias", c.qkv_bias, (kv, group + 2, head)))
         query, key, value = fused[..., :group, :], fused[..., group, :], fused[..., group + 1, :]
         if c.qk_norm:
-            query = layers.rms_norm(query, self.param("q_norm", nn.initializers.ones, (head,)), c.norm_eps)
-            key = layers.rms_norm(key, self.param("k_norm", nn.initializers.ones, (head,)), c.norm_eps)
+            query = layers.rms_norm(
+                query, self.param("q_norm", nn.initializers.ones, (head,)), c.norm_eps
+            )
+            key = layers.rms_norm(
+                key, self.param("k_norm", nn.initializers.ones, (head,)), c.norm_eps
+            )
         query, key = layers.rotate(query, angles), layers.rotate(key, angles)
         new = (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
         mixed = layers.attend(query, new, new_mask, past, past_mask)
@@ -102,7 +108,9 @@ class Decoder(nn.Module):
             x, new = DecoderLayer(c, name=f"layer_{i}")(x, angles, new_mask, layer_past, past_mask)
             kv.append(new)
             tapped[i] = x
-        hidden = layers.rms_norm(x, self.param("norm", nn.initializers.ones, (c.width,)), c.norm_eps)
+        hidden = layers.rms_norm(
+            x, self.param("norm", nn.initializers.ones, (c.width,)), c.norm_eps
+        )
         return hidden, tuple(tapped[i] for i in taps), tuple(kv)
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+UNROLLED_ROWS = 8
+"""Up to this batch size rows are written one by one."""
+
 
 def fill(kv, num_slots: int):
     """Cache of ``num_slots`` slots whose first T slots are ``kv`` (pairs of [B, K, T, C])."""
@@ -34,12 +37,17 @@ def commit(cache, kv, path, length):
     """
 
     def write(slots, rows):
-        rows = jnp.take_along_axis(rows, path[:, None, :, None], axis=2)
-        # One update per row instead of one scatter: XLA runs a scatter as a loop over rows on CPU.
+        rows = jnp.take_along_axis(rows, path[:, None, :, None], axis=2).astype(slots.dtype)
+        if slots.shape[0] > UNROLLED_ROWS:
+            return jax.vmap(_write_row)(slots, rows, length)
+        # vmap of the update is a scatter, which XLA runs as a loop over its rows on CPU.
         for b in range(slots.shape[0]):
-            slots = jax.lax.dynamic_update_slice(
-                slots, rows[b : b + 1].astype(slots.dtype), (b, 0, length[b], 0)
-            )
+            start = (b, 0, length[b], 0)
+            slots = jax.lax.dynamic_update_slice(slots, rows[b : b + 1], start)
         return slots
 
     return jax.tree.map(write, cache, kv)
+
+
+def _write_row(slots, rows, length):
+    return jax.lax.dynamic_update_slice(slots, rows, (0, length, 0))

@@ -1,0 +1,365 @@
+"""The CTC drafter: all frames in one pass, collapsed into a tree of distinct continuations.
+
+A frame carries probabilities over V tokens and one own blank class (class V, never a reused token
+id). Collapse: merge adjacent repeats, then delete blanks (Graves et al. 2006). Drafting with it is
+CTC-drafter (Wen et al., NeurIPS 2024, arXiv 2412.00061); target features as keys and values of
+every drafter layer are from DFlash (arXiv 2602.06036).
+
+Where this differs from the published release: one non-autoregressive pass instead of four
+sequential ones, an own blank class instead of token 0, and, by default, the exact prefix tree
+instead of a static template. ``published`` builds the paper's configuration.
+
+Shape letters: B batch, A anchors, F frames, T tokens, S cache slots, M max depth, N tree nodes,
+V vocabulary, D width, K kv heads, C head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ctc_spec_jax.models import kv_cache, layers
+from ctc_spec_jax.models.config import DecoderConfig, RopeScaling
+from ctc_spec_jax.models.decoder import output_logits
+from ctc_spec_jax.tree.ctc_prefix import prefix_tree
+from ctc_spec_jax.tree.ctc_transform import Template, transform_tree
+from ctc_spec_jax.types import Acceptance, DraftContext, DraftTree, Params, TargetOutput
+
+_INIT = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class CTCConfig:
+    """Static description of a CTC drafter network; hashable by value.
+
+    ``taps`` are target layers; a tap is the residual stream after that layer.
+    """
+
+    width: int
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    mlp_width: int
+    frames: int
+    taps: tuple[int, ...]
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        if not self.taps:
+            raise ValueError("taps: expected at least one target layer, found none")
+        if self.frames < 1 or self.num_layers < 1:
+            raise ValueError(
+                f"frames and num_layers: expected at least 1, found {self.frames} and "
+                f"{self.num_layers}"
+            )
+
+
+def ctc_config(
+    target: DecoderConfig,
+    num_layers: int = 1,
+    frames: int = 12,
+    taps: tuple[int, ...] = (),
+    mlp_width: int = 0,
+) -> CTCConfig:
+    """A drafter for ``target``: its width and heads, and taps spread over its layers by default."""
+    last = target.num_layers - 1
+    return CTCConfig(
+        width=target.width,
+        vocab_size=target.vocab_size,
+        num_layers=num_layers,
+        num_heads=target.num_heads,
+        num_kv_heads=target.num_kv_heads,
+        head_width=target.head_width,
+        mlp_width=mlp_width or target.mlp_width,
+        frames=frames,
+        taps=taps or tuple(sorted({last // 4, last // 2, last})),
+        norm_eps=target.norm_eps,
+        rope_theta=target.rope_theta,
+    )
+
+
+def published(target: DecoderConfig) -> CTCConfig:
+    """The paper's network: one layer on the last hidden state; decode it with ``TransformTree``."""
+    return ctc_config(target, num_layers=1, frames=6, taps=(target.num_layers - 1,))
+
+
+class CTCNetwork(nn.Module):
+    """Parameters and forward pass of the drafter; the LM head is the target's, frozen."""
+
+    config: CTCConfig
+
+    def setup(self):
+        c = self.config
+        kv, head, ones = c.num_kv_heads, c.head_width, nn.initializers.ones
+        residual = nn.initializers.normal(0.02 / (2 * c.num_layers) ** 0.5)
+        group = c.num_heads // kv
+
+        def layer(i: int) -> dict[str, Any]:
+            shapes = {
+                "attention_norm": (ones, (c.width,)),
+                "qkv": (_INIT, (c.width, kv, group + 2, head)),
+                "context_kv": (_INIT, (c.width, kv, 2, head)),
+                "output": (residual, (c.num_heads * head, c.width)),
+                "mlp_norm": (ones, (c.width,)),
+                "gate_up": (_INIT, (c.width, 2, c.mlp_width)),
+                "down": (residual, (c.mlp_width, c.width)),
+            }
+            return {
+                name: self.param(f"layer_{i}_{name}", init, shape)
+                for name, (init, shape) in shapes.items()
+            }
+
+        self.layers = [layer(i) for i in range(c.num_layers)]
+        self.context = self.param("context", _INIT, (len(c.taps) * c.width, c.width))
+        self.context_norm = self.param("context_norm", ones, (c.width,))
+        self.tap_norms = self.param("tap_norms", ones, (len(c.taps), c.width))
+        self.start = self.param("start", _INIT, (2 * c.width, c.width))
+        self.frame_embedding = self.param("frame_embedding", _INIT, (c.frames, c.width))
+        self.start_norm = self.param("start_norm", ones, (2, c.width))
+        self.norm = self.param("norm", ones, (c.width,))
+        self.blank = self.param("blank", _INIT, (c.width,))
+        self.blank_bias = self.param("blank_bias", nn.initializers.zeros, ())
+
+    def features(self, taps):
+        """Context features [B, T, D] of taps, each [B, T, D]."""
+        eps = self.config.norm_eps
+        normed = [layers.rms_norm(t, self.tap_norms[i], eps) for i, t in enumerate(taps)]
+        projected = layers.linear(jnp.concatenate(normed, axis=-1), self.context)
+        return layers.rms_norm(projected, self.context_norm, eps)
+
+    def context_kv(self, features, positions):
+        """Keys and values of every layer from features [B, T, D]: pairs of [B, K, T, C]."""
+        angles = self._angles(positions)
+
+        def one(layer):
+            both = layers.linear(features, layer["context_kv"])  # [B, T, K, 2, C]
+            key = layers.rotate(both[..., 0, :], angles)
+            return jnp.swapaxes(key, 1, 2), jnp.swapaxes(both[..., 1, :], 1, 2)
+
+        return tuple(one(layer) for layer in self.layers)
+
+    def draft(self, pending, newest, context, anchors):
+        """Hidden states of the frames of A anchors per row, after the final norm.
+
+        Args:
+          pending: embeddings [B, A, D] of the token at each anchor.
+          newest: features [B, A, D] of the position before it.
+          context: keys and values of every layer, pairs of [B, K, S, C].
+          anchors: int32 [B, A], position of the pending token; only slots before it are seen.
+
+        Returns:
+          [B, A, F, D].
+        """
+        c = self.config
+        batch, num_anchors, width = pending.shape
+        known = jnp.concatenate(
+            [
+                layers.rms_norm(pending, self.start_norm[0], c.norm_eps),
+                layers.rms_norm(newest, self.start_norm[1], c.norm_eps),
+            ],
+            axis=-1,
+        )
+        x = layers.linear(known, self.start)[:, :, None] + self.frame_embedding[None, None]
+        x = x.reshape(batch, num_anchors * c.frames, width)
+        owner = jnp.repeat(jnp.arange(num_anchors, dtype=jnp.int32), c.frames)
+        frame = jnp.tile(jnp.arange(c.frames, dtype=jnp.int32), num_anchors)
+        limit = jnp.take(anchors, owner, axis=1)  # [B, A*F]
+        angles = self._angles(limit + frame[None])
+        slots = jnp.arange(context[0][0].shape[2], dtype=jnp.int32)
+        past_mask = slots[None, None] < limit[..., None]
+        block = jnp.broadcast_to((owner[:, None] == owner[None])[None], (batch, *2 * owner.shape))
+        for layer, past in zip(self.layers, context, strict=True):
+            x = self._layer(layer, x, angles, block, past, past_mask)
+        x = layers.rms_norm(x, self.norm, c.norm_eps)
+        return x.reshape(batch, num_anchors, c.frames, width)
+
+    def log_probs(self, hidden, target_params: Params):
+        """Frame log-probabilities [..., V+1] float32 of hidden [..., D]; class V is the blank."""
+        tokens = output_logits(target_params, hidden)
+        blank = jnp.sum((hidden * self._row(hidden.ndim)).astype(jnp.float32), -1, keepdims=True)
+        blank = blank + self.blank_bias.astype(jnp.float32).reshape((1,) * hidden.ndim)
+        return jax.nn.log_softmax(jnp.concatenate([tokens, blank], axis=-1), axis=-1)
+
+    def _row(self, rank: int):
+        return self.blank.reshape((1,) * (rank - 1) + self.blank.shape)
+
+    def _layer(self, layer, x, angles, block, past, past_mask):
+        c = self.config
+        group = c.num_heads // c.num_kv_heads
+        fused = layers.linear(layers.rms_norm(x, layer["attention_norm"], c.norm_eps), layer["qkv"])
+        query = layers.rotate(fused[..., :group, :], angles)
+        key = layers.rotate(fused[..., group, :], angles)
+        new = (jnp.swapaxes(key, 1, 2), jnp.swapaxes(fused[..., group + 1, :], 1, 2))
+        mixed = layers.attend(query, new, block, past, past_mask)
+        x = x + layers.linear(mixed.reshape(*mixed.shape[:2], -1), layer["output"])
+        h = layers.rms_norm(x, layer["mlp_norm"], c.norm_eps)
+        return x + layers.gated_mlp(h, layer["gate_up"], layer["down"])
+
+    def _angles(self, positions):
+        c = self.config
+        frequencies = layers.rope_frequencies(c.head_width, c.rope_theta, RopeScaling())
+        return layers.rope_angles(positions, frequencies)
+
+    def __call__(self, taps, pending, anchors, target_params):
+        """Frame log-probabilities [B, A, F, V+1] of A anchors per row; touches every parameter.
+
+        ``taps`` are the target's hidden states of whole rows, each [B, T, D]; ``pending`` [B, A, D].
+        """
+        hidden = self.anchor_hidden(taps, pending, anchors)
+        return self.log_probs(hidden, target_params)
+
+    def anchor_hidden(self, taps, pending, anchors):
+        """Hidden states [B, A, F, D] of the frames of A anchors per row, for training."""
+        features = self.features(taps)
+        positions = jnp.arange(features.shape[1], dtype=jnp.int32)[None]
+        context = self.context_kv(features, jnp.broadcast_to(positions, features.shape[:2]))
+        before = jnp.maximum(anchors - 1, 0)
+        newest = jnp.take_along_axis(features, before[..., None], axis=1)
+        newest = jnp.where((anchors > 0)[..., None], newest, 0)
+        return self.draft(pending, newest, context, anchors)
+
+
+class TreeBuilder(Protocol):
+    """Turns one row's frame log-probabilities into a tree; frozen, hashable."""
+
+    @property
+    def max_depth(self) -> int: ...
+
+    @property
+    def num_nodes(self) -> int: ...
+
+    def __call__(self, log_probs, pending):
+        """(tokens, parents, valid), each [N], of log_probs [F, V+1] and the pending token []."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixTree:
+    """The ``num_nodes`` most probable prefixes of the lattice; see ``tree.ctc_prefix``."""
+
+    num_nodes: int = 16
+    max_depth: int = 8
+    top_k: int = 8
+    beam: int = 0
+
+    def __call__(self, log_probs, pending):
+        """See ``TreeBuilder``."""
+        return prefix_tree(
+            log_probs,
+            pending,
+            num_nodes=self.num_nodes,
+            max_depth=self.max_depth,
+            top_k=self.top_k,
+            beam=self.beam or None,
+        )[:3]
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformTree:
+    """The published builder: a static template over frames, collapsed; see ``tree.ctc_transform``."""
+
+    template: Template
+
+    @property
+    def max_depth(self) -> int:
+        """Frames of the template."""
+        return self.template.max_depth
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the template, root included."""
+        return self.template.num_nodes
+
+    def __call__(self, log_probs, pending):
+        """See ``TreeBuilder``."""
+        return transform_tree(log_probs, pending, self.template)
+
+
+@dataclasses.dataclass(frozen=True)
+class CTCDrafter:
+    """The ``Drafter``: network and tree builder. State: context keys and values, newest feature."""
+
+    config: CTCConfig
+    tree: TreeBuilder = PrefixTree()
+
+    @property
+    def max_depth(self) -> int:
+        """M, the longest path of a tree."""
+        return self.tree.max_depth
+
+    @property
+    def num_nodes(self) -> int:
+        """N, root included."""
+        return self.tree.num_nodes
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers whose outputs feed the drafter."""
+        return self.config.taps
+
+    @property
+    def network(self) -> CTCNetwork:
+        """The Linen module that owns the parameters."""
+        return CTCNetwork(self.config)
+
+    def init_params(self, key) -> Params:
+        """Fresh float32 parameters. ``key`` is consumed."""
+        c = self.config
+        taps = tuple(jnp.zeros((1, 1, c.width)) for _ in c.taps)
+        head = {"head": jnp.zeros((c.width, c.vocab_size))}
+        anchors = jnp.zeros((1, 1), jnp.int32)
+        return self.network.init(key, taps, jnp.zeros((1, 1, c.width)), anchors, head)["params"]
+
+    def init(self, params: Params, context: DraftContext, taps):
+        """Context of the prompt; see ``types.Drafter``."""
+        features = self._apply(params, "features", taps)
+        positions = jnp.arange(features.shape[1], dtype=jnp.int32)[None]
+        positions = jnp.broadcast_to(positions, features.shape[:2])
+        kv = self._apply(params, "context_kv", features, positions)
+        newest = jnp.take_along_axis(
+            features, jnp.maximum(context.length - 1, 0)[:, None, None], axis=1
+        )
+        # A prompt of one token leaves nothing committed, so there is no newest feature yet.
+        newest = jnp.where((context.length > 0)[:, None, None], newest, 0)
+        return {"kv": kv_cache.fill(kv, context.tokens.shape[1]), "newest": newest}
+
+    def propose(self, params: Params, state, context: DraftContext, key) -> DraftTree:
+        """One pass of the network, then the tree of each row; deterministic."""
+        del key
+        pending = context.params["embedding"][context.pending][:, None]
+        hidden = self._apply(
+            params, "draft", pending, state["newest"], state["kv"], context.length[:, None]
+        )
+        log_probs = self._apply(params, "log_probs", hidden[:, 0], context.params)
+        return DraftTree(*jax.vmap(self.tree)(log_probs, context.pending))
+
+    def commit(
+        self,
+        params: Params,
+        state,
+        context: DraftContext,
+        output: TargetOutput,
+        acceptance: Acceptance,
+    ):
+        """Append the features of the accepted path; see ``types.Drafter``."""
+        path = acceptance.path
+        taps = tuple(jnp.take_along_axis(t, path[..., None], axis=1) for t in output.taps)
+        features = self._apply(params, "features", taps)
+        steps = jnp.arange(path.shape[1], dtype=jnp.int32)
+        kv = self._apply(params, "context_kv", features, context.length[:, None] + steps[None])
+        rows = jnp.broadcast_to(steps[None], path.shape)
+        last = jnp.maximum(acceptance.length - 1, 0)
+        return {
+            "kv": kv_cache.commit(state["kv"], kv, rows, context.length),
+            "newest": jnp.take_along_axis(features, last[:, None, None], axis=1),
+        }
+
+    def _apply(self, params: Params, method: str, *args):
+        return self.network.apply({"params": params}, *args, method=method)

@@ -1,0 +1,195 @@
+"""The only place that maps a name to a class: targets and drafters on disk.
+
+A drafter folder holds ``config.json`` (what it is and which target it fits), ``model.safetensors``
+and ``training.json`` (how it was made).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, PrefixTree, TransformTree
+from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.models import convert
+from ctc_spec_jax.models.decoder import DecoderLM
+from ctc_spec_jax.tree.ctc_transform import default_template
+from ctc_spec_jax.types import Params
+
+DRAFTERS: dict[str, Any] = {"ctc": (CTCConfig, CTCDrafter)}
+"""``model_type`` of a drafter's config.json -> (network configuration, drafter)."""
+
+
+def load_target(path_or_id: str, dtype=jnp.float32, revision: str | None = None):
+    """Target, parameters and tokenizer of a Hugging Face folder or hub id."""
+    folder = convert.target_folder(path_or_id, revision)
+    lm, params = convert.load_target(str(folder), dtype)
+    return lm, params, load_tokenizer(folder)
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a Hugging Face folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"target: expected tokenizer files in {folder}, found none that load"
+        ) from error
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """SHA-256 of the vocabulary and the special tokens, so that a pair can be checked."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def save_drafter(
+    folder, drafter: CTCDrafter, params: Params, target: str, tokenizer, training: dict
+) -> None:
+    """Write a drafter folder; it appears under its name only when it is complete."""
+    config = dataclasses.asdict(drafter.config)
+    taps = config.pop("taps")
+    description = {
+        "model_type": "ctc",
+        **config,
+        "blank_id": drafter.config.vocab_size,
+        "collapse": "merge adjacent repeats, then delete blanks",
+        "target_layer_ids": list(taps),
+        "target_layer_convention": "output: residual stream after that layer, counted from 0",
+        "tree_depth": drafter.max_depth,
+        "target": target,
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "flax", "ctc-spec-jax")
+        },
+        "command": training.get("command", ""),
+    }
+    final = pathlib.Path(folder)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        part = pathlib.Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
+    except OSError as error:
+        raise InputError(
+            f"folder: expected a writable place, found {final} ({error.strerror})"
+        ) from error
+    try:
+        save_file(
+            {name: np.asarray(value, order="C") for name, value in params.items()},
+            part / "model.safetensors",
+        )
+        (part / "config.json").write_text(json.dumps(description, indent=1) + "\n")
+        (part / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+        part.chmod(0o755)
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def load_drafter(
+    folder, lm: DecoderLM, tokenizer=None, nodes: int = 16, dtype=jnp.float32, tree: str = "prefix"
+):
+    """Drafter and parameters of a drafter folder, checked against the target.
+
+    Args:
+      folder: of ``save_drafter``.
+      lm: the target it will draft for.
+      tokenizer: the target's, or None to skip its check.
+      nodes: tree nodes N, root included.
+      dtype: of the parameters.
+      tree: ``prefix`` (the most probable prefixes) or ``transform`` (the published template).
+
+    Raises:
+      InputError: missing or broken files, or a drafter made for another target.
+    """
+    folder = pathlib.Path(folder)
+    description = _read_config(folder)
+    network_class, drafter_class = DRAFTERS[description["model_type"]]
+    fields = {field.name for field in dataclasses.fields(network_class)}
+    description["taps"] = tuple(description["target_layer_ids"])
+    try:
+        network = network_class(**{name: description[name] for name in fields})
+    except KeyError as error:
+        raise InputError(
+            f"drafter: expected key {error.args[0]!r} in {folder / 'config.json'}, found none"
+        ) from error
+    _check_pair(network, description, lm, tokenizer)
+    depth = min(description["tree_depth"], network.frames)
+    if nodes < 2:
+        raise InputError(f"tree nodes: expected at least 2, found {nodes}")
+    builder = (
+        PrefixTree(nodes, min(depth, nodes - 1))
+        if tree == "prefix"
+        else TransformTree(default_template(nodes, network.frames))
+    )
+    return drafter_class(network, builder), _read_params(folder, network, drafter_class, dtype)
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        description = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"drafter: expected a folder with config.json, found {folder}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"drafter: expected JSON in {path}, found {error}") from error
+    kind = description.get("model_type")
+    if kind not in DRAFTERS:
+        raise InputError(
+            f"drafter model_type: expected one of {', '.join(DRAFTERS)}, found {kind!r} in {path}"
+        )
+    return description
+
+
+def _check_pair(network, description: dict[str, Any], lm: DecoderLM, tokenizer) -> None:
+    for name in ("vocab_size", "width"):
+        expected, found = getattr(lm.config, name), getattr(network, name)
+        if expected != found:
+            raise InputError(
+                f"drafter {name}: expected {expected} as in the target, found {found}"
+            )
+    if max(network.taps) >= lm.config.num_layers:
+        raise InputError(
+            f"drafter target_layer_ids: expected layers below {lm.config.num_layers}, "
+            f"found {max(network.taps)}"
+        )
+    if tokenizer is not None and tokenizer_hash(tokenizer) != description["tokenizer_sha256"]:
+        raise InputError(
+            "drafter tokenizer: expected the vocabulary the drafter was trained with "
+            f"(sha256 {description['tokenizer_sha256'][:12]}), found "
+            f"{tokenizer_hash(tokenizer)[:12]}"
+        )
+
+
+def _read_params(folder: pathlib.Path, network, drafter_class, dtype) -> Params:
+    import jax
+
+    path = folder / "model.safetensors"
+    try:
+        found = load_file(path)
+    except Exception as error:  # safetensors raises its own type for truncated files
+        raise InputError(f"drafter: expected a complete {path}, found {error}") from error
+    shapes = jax.eval_shape(lambda: drafter_class(network).init_params(jax.random.key(0)))
+    for name, shape in shapes.items():
+        if name not in found:
+            raise InputError(f"drafter: expected tensor {name!r} in {path}, found none")
+        if found[name].shape != shape.shape:
+            raise InputError(
+                f"drafter tensor {name!r}: expected shape {shape.shape}, "
+                f"found {found[name].shape}"
+            )
+    return {name: jnp.asarray(found[name], dtype) for name in shapes}

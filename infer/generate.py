@@ -1,0 +1,241 @@
+"""Decode prompts losslessly with a drafter, and compare with plain decoding.
+
+    python -m infer.generate --compare
+    python -m infer.generate --prompt "def fibonacci(n):" --max-new-tokens 128
+
+Without --target the embedded demo pair is used; without prompts, pieces of Python files that the
+demo target never saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ctc_spec_jax import demo
+from ctc_spec_jax.cli import exit_on_bad_input, use_compilation_cache
+from ctc_spec_jax.engine import Engine, Generation
+from ctc_spec_jax.errors import InputError
+from train import data
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_LOOPS = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Measurement of one tree size; names as in the JSON file."""
+
+    tree_nodes: int
+    text: list[str]
+    tokens: int
+    rounds: int
+    accepted_length: float
+    accepted_length_without_bonus: float
+    looping_share: float
+    tokens_per_second: float
+    baseline_tokens_per_second: float | None
+    speedup: float | None
+    identical: bool | None
+
+
+def heldout_prompts(tokenizer, count: int, length: int = 96) -> list[list[int]]:
+    """Token prompts from standard-library files that the demo target was not trained on."""
+    _, texts = data.corpus(("stdlib",), data.HELDOUT)
+    rows = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    ids = [row.ids for row in rows if len(row.ids) >= 2 * length]
+    places = [(row, start) for row in ids for start in range(0, len(row) - length, 4 * length)]
+    order = np.random.default_rng(0).permutation(len(places))[:count]
+    return [places[i][0][places[i][1] : places[i][1] + length] for i in order]
+
+
+def read_prompts(path: str) -> list[str]:
+    """The ``prompt`` of every line of a JSONL file, or its first turn (``turns``).
+
+    Raises:
+      InputError: unreadable file or a line without a prompt.
+    """
+    try:
+        lines = pathlib.Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts: expected a readable file, found {path} ({error})") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt = row["prompt"] if "prompt" in row else row["turns"][0]
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            raise InputError(
+                f"--prompts: expected an object with 'prompt' or 'turns' in line {number} of "
+                f"{path}, found {line[:40]!r}"
+            ) from error
+        prompts.append(prompt)
+    if not prompts:
+        raise InputError(f"--prompts: expected at least one line in {path}, found none")
+    return prompts
+
+
+def measure(engine: Engine, baseline: Engine | None, prompts, max_new_tokens: int, repeats: int):
+    """Answers of every prompt, one at a time, and the median seconds of each.
+
+    The two engines take turns, so that a change of the machine's speed hits both alike. A first
+    call of each shape, which compiles, is not counted.
+
+    Returns:
+      answers, seconds, baseline answers, baseline seconds; one entry per prompt.
+    """
+    engines = [engine] if baseline is None else [engine, baseline]
+    answers: list[list[Generation]] = [[] for _ in engines]
+    seconds: list[list[float]] = [[] for _ in engines]
+    for prompt in tqdm(prompts, unit=" prompts", leave=False):
+        runs: list[list[Generation]] = [[] for _ in engines]
+        for repeat in range(repeats + 1):
+            for one, run in zip(engines, runs, strict=True):
+                answer = one.generate([prompt], max_new_tokens)[0]
+                if repeat:
+                    run.append(answer)
+        for run, all_answers, all_seconds in zip(runs, answers, seconds, strict=True):
+            all_answers.append(run[0])
+            all_seconds.append(statistics.median(answer.seconds for answer in run))
+    return [*answers, *[[]] * (2 - len(engines))], [*seconds, *[[]] * (2 - len(engines))]
+
+
+def summarise(tree_nodes: int, answers, seconds, baseline, baseline_seconds) -> Result:
+    """One row of the table. Accepted lengths are over the answers that do not loop."""
+    loops = [data.loop_share(answer.tokens) > _LOOPS for answer in answers]
+    counted = [a for a, loop in zip(answers, loops, strict=True) if not loop] or answers
+    tokens = sum(len(answer.tokens) for answer in answers)
+    accepted = sum(len(a.tokens) for a in counted) / max(1, sum(a.rounds for a in counted))
+    speed = tokens / sum(seconds)
+    plain = sum(len(a.tokens) for a in baseline) / sum(baseline_seconds) if baseline else None
+    same = [a.tokens == b.tokens for a, b in zip(answers, baseline, strict=False)]
+    return Result(
+        tree_nodes=tree_nodes,
+        text=[answer.text for answer in answers],
+        tokens=tokens,
+        rounds=sum(answer.rounds for answer in answers),
+        accepted_length=accepted,
+        accepted_length_without_bonus=accepted - 1,
+        looping_share=sum(loops) / len(loops),
+        tokens_per_second=speed,
+        baseline_tokens_per_second=plain,
+        speedup=speed / plain if plain else None,
+        identical=all(same) if baseline else None,
+    )
+
+
+def table(results: list[Result]) -> str:
+    """The results as aligned text, one column per tree size."""
+
+    def show(value, digits: int = 2) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    rows = [
+        ("tree nodes", [str(r.tree_nodes) for r in results]),
+        ("tokens", [str(r.tokens) for r in results]),
+        ("rounds (target passes)", [str(r.rounds) for r in results]),
+        ("mean accepted length", [show(r.accepted_length) for r in results]),
+        ("  without the bonus token", [show(r.accepted_length_without_bonus) for r in results]),
+        ("share of answers that loop", [f"{r.looping_share:.0%}" for r in results]),
+        ("tokens/s", [show(r.tokens_per_second, 1) for r in results]),
+        ("tokens/s plain", [show(r.baseline_tokens_per_second, 1) for r in results]),
+        ("speedup", [show(r.speedup) for r in results]),
+        ("identical", [{True: "yes", False: "no", None: "-"}[r.identical] for r in results]),
+    ]
+    return "\n".join(f"{name:<28}" + "".join(f"{v:>10}" for v in values) for name, values in rows)
+
+
+def write_json(path: str, results: list[Result]) -> None:
+    """Write the fastest result, and all of them under ``sizes``, in one piece."""
+    best = max(results, key=lambda r: r.tokens_per_second)
+    document = dataclasses.asdict(best) | {
+        "sizes": [
+            {k: v for k, v in dataclasses.asdict(r).items() if k != "text"} for r in results
+        ]
+    }
+    part = f"{path}.part"
+    with open(part, "w") as file:
+        json.dump(document, file, indent=1)
+    os.replace(part, path)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", help="Hugging Face folder or hub id (default: the demo)")
+    parser.add_argument("--drafter", help="folder of a drafter (default: the demo's)")
+    parser.add_argument("--prompt", help="one prompt")
+    parser.add_argument("--prompts", help="JSONL file with 'prompt' or 'turns'")
+    parser.add_argument("--num-prompts", type=int, default=8, help="held-out prompts to take")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--tree-nodes", type=int, nargs="+", default=[demo.TREE_NODES], help="one or more sizes"
+    )
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
+    parser.add_argument("--compare", action="store_true", help="also decode plainly")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each prompt")
+    parser.add_argument("--json", help="file to write the results to")
+    arguments = parser.parse_args()
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.target and not arguments.drafter:
+        raise InputError("--drafter: expected a folder beside --target, found none")
+    if arguments.prompt is not None and arguments.prompts:
+        raise InputError("--prompt: expected it or --prompts, found both")
+    for name in ("repeats", "num_prompts", "max_new_tokens"):
+        if getattr(arguments, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag}: expected at least 1, found {getattr(arguments, name)}")
+    if arguments.json:
+        folder = pathlib.Path(arguments.json).absolute().parent
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"--json: expected a file in a writable folder, found {folder}")
+
+
+@exit_on_bad_input
+def main() -> None:
+    """Entry point of ``python -m infer.generate``."""
+    arguments = _parse()
+    use_compilation_cache()
+    dtype = _DTYPES[arguments.dtype]
+    engine = Engine.from_pretrained(
+        arguments.target, arguments.drafter, arguments.tree_nodes[0], dtype
+    )
+    folder = arguments.drafter or str(demo.drafter_folder())
+    if arguments.prompt is not None:
+        prompts = [arguments.prompt]
+    elif arguments.prompts:
+        prompts = read_prompts(arguments.prompts)
+    else:
+        prompts = heldout_prompts(engine.tokenizer, arguments.num_prompts)
+    for piece in engine.stream(prompts[0], arguments.max_new_tokens):
+        print(piece, end="", flush=True)
+    print("\n", flush=True)
+
+    results = []
+    for nodes in arguments.tree_nodes:
+        sized = engine.with_drafter(folder, nodes, dtype)
+        baseline = sized.plain() if arguments.compare else None
+        answers, seconds = measure(
+            sized, baseline, prompts, arguments.max_new_tokens, arguments.repeats
+        )
+        results.append(summarise(nodes, answers[0], seconds[0], answers[1], seconds[1]))
+    print(table(results))
+    if arguments.json:
+        write_json(arguments.json, results)
+
+
+if __name__ == "__main__":
+    main()
