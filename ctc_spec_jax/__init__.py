@@ -1,1 +1,33 @@
-"""Lossless acceleration of LLM decoding in JAX."""
+"""Lossless acceleration of LLM decoding in JAX: every round is one pass of the target.
+
+    draft/  ------------>  verify.py  ------------>  accept.py
+    a tree of cheap        which path the target     write tokens and cache rows,
+    continuations          would have taken itself   apply stops and budgets
+       ^                                                  |
+       +---------------- decode.py: lax.while_loop -------+
+
+``Engine`` loads a target and a drafter and decodes; ``decode`` is the loop itself, pure and
+jittable. The embedded demo pair is loaded by ``Engine.from_pretrained()``.
+"""
+
+from ctc_spec_jax.decode import Loop, NoDraft, advance, decode, start
+from ctc_spec_jax.engine import Engine, Generation
+from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.types import Acceptance, DraftTree, GenerateOutput, TargetOutput
+from ctc_spec_jax.verify import Greedy
+
+__all__ = [
+    "Acceptance",
+    "DraftTree",
+    "Engine",
+    "GenerateOutput",
+    "Generation",
+    "Greedy",
+    "InputError",
+    "Loop",
+    "NoDraft",
+    "TargetOutput",
+    "advance",
+    "decode",
+    "start",
+]

@@ -26,7 +26,8 @@ from ctc_spec_jax.models import kv_cache, layers
 from ctc_spec_jax.models.config import DecoderConfig, RopeScaling
 from ctc_spec_jax.models.decoder import output_logits
 from ctc_spec_jax.tree.ctc_prefix import prefix_tree
-from ctc_spec_jax.tree.ctc_transform import Template, transform_tree
+from ctc_spec_jax.tree.build import Template
+from ctc_spec_jax.tree.ctc_transform import transform_tree
 from ctc_spec_jax.types import Acceptance, DraftContext, DraftTree, Params, TargetOutput
 
 _INIT = nn.initializers.normal(0.02)

@@ -40,7 +40,7 @@ def target_folder(path_or_id: str, revision: str | None = None) -> Path:
       InputError: no such folder or model, an unknown revision, no access, or no network.
     """
     folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    if path_or_id and folder.is_dir():
         return folder
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path_or_id)):
         raise InputError(
@@ -147,9 +147,9 @@ def save_target(
       InputError: ``params`` do not fit ``lm``, no supported family has this architecture, or
         ``folder`` cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     shapes = jax.eval_shape(lm.init, jax.random.key(0))
-    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, shapes):
+    if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(lambda x: x.shape, shapes):
         raise InputError("params: expected the parameters of lm, found other names or shapes")
     dtype = jnp.dtype(params["embedding"].dtype).name
     try:
@@ -261,7 +261,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / _WEIGHTS]
     index = folder / _INDEX
     if not index.is_file():
-        others = sorted(path.name for path in folder.glob("*.[bs]*") if "model" in path.name)
+        others = sorted(path.name for path in folder.iterdir() if "model" in path.name)
         found = f"only {others[0]}" if others else "neither"
         raise InputError(f"{folder}: expected {_WEIGHTS} or {_INDEX}, found {found}")
     names = _read_json(index).get("weight_map")

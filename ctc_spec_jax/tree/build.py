@@ -1,0 +1,229 @@
+"""Building blocks of drafts: chains, static templates, and an exact top-k for wide vocabularies.
+
+Shape letters: N tree nodes, M max depth, V vocabulary, F draft frames. Everything here that does
+not depend on data is Python or NumPy, made once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fractions
+import math
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ctc_spec_jax.types import NO_PARENT, ROOT
+
+PUBLISHED_COUNTS = (10, 28, 23, 2)
+"""Nodes at depth 1, 2, 3, 4 of the published CTC drafter's template (arXiv 2412.00061, code)."""
+
+
+def chain(num_nodes: int) -> np.ndarray:
+    """Parents of a chain: every node is the child of the node before it.
+
+    Args:
+        num_nodes: N, root included.
+
+    Returns:
+        int32 [N].
+    """
+    if num_nodes < 1:
+        raise ValueError(f"num_nodes must be at least 1 (the root), got {num_nodes}")
+    return np.arange(NO_PARENT, num_nodes - 1, dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A tree fixed before any token is known; hashable by value.
+
+    A node at depth d stands for the token of rank ``ranks[node]`` at draft position d - 1 (the
+    d-th head, frame or step), whatever its parent is. Slot ROOT is the pending token; its rank
+    is 0 and means nothing. Nodes are ordered by depth.
+    """
+
+    parents: tuple[int, ...]
+    depths: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def num_nodes(self) -> int:
+        """N, root included."""
+        return len(self.parents)
+
+    @property
+    def max_depth(self) -> int:
+        """M, depth of the deepest node."""
+        return max(self.depths)
+
+    @property
+    def top_k(self) -> int:
+        """How many ranks per position the template uses."""
+        return max(self.ranks) + 1
+
+    def paths(self) -> np.ndarray:
+        """int32 [N, M]: a node's ancestor or self at depth 1..M, ROOT past the node's depth."""
+        paths = np.full((self.num_nodes, self.max_depth), ROOT, np.int32)
+        for node in range(1, self.num_nodes):
+            paths[node] = paths[self.parents[node]]
+            paths[node, self.depths[node] - 1] = node
+        return paths
+
+    def fill(self, ranked: jax.Array, pending: jax.Array) -> jax.Array:
+        """Put ranked candidates into the slots.
+
+        Args:
+            ranked: int32 [F, K], ids of position f by falling score; F >= max_depth,
+                K >= top_k.
+            pending: int32 [], the root's token.
+
+        Returns:
+            int32 [N].
+
+        Raises:
+            ValueError: if ``ranked`` has too few positions or ranks.
+        """
+        if ranked.shape[0] < self.max_depth or ranked.shape[1] < self.top_k:
+            raise ValueError(
+                f"ranked: expected at least [{self.max_depth}, {self.top_k}], got {ranked.shape}"
+            )
+        position = np.asarray(self.depths[1:], np.int32) - 1
+        drafted = ranked[position, np.asarray(self.ranks[1:], np.int32)]
+        return jnp.concatenate([pending[None], drafted])
+
+
+def static_template(choices: Iterable[Sequence[int]]) -> Template:
+    """Template from a set of rank-paths, e.g. ``[(0,), (1,), (0, 0)]``.
+
+    Args:
+        choices: one path of ranks per node below the root, in any order; every proper prefix
+            of a path must be present too.
+
+    Returns:
+        The template, nodes ordered by depth, then by ranks.
+
+    Raises:
+        ValueError: for no paths, an empty path, a negative rank, a duplicate or a missing prefix.
+    """
+    paths = sorted((tuple(choice) for choice in choices), key=lambda path: (len(path), path))
+    slots: dict[tuple[int, ...], int] = {(): ROOT}
+    for path in paths:
+        if not path or min(path) < 0:
+            raise ValueError(f"choices: expected non-empty paths of ranks >= 0, got {path}")
+        if path in slots:
+            raise ValueError(f"choices: duplicate path {path}")
+        if path[:-1] not in slots:
+            raise ValueError(f"choices: path {path} needs its prefix {path[:-1]}")
+        slots[path] = len(slots)
+    if not paths:
+        raise ValueError("choices: expected at least one path")
+    return Template(
+        parents=(NO_PARENT, *(slots[path[:-1]] for path in paths)),
+        depths=(0, *(len(path) for path in paths)),
+        ranks=(0, *(path[-1] for path in paths)),
+    )
+
+
+def zipf_template(num_nodes: int, max_depth: int, top_k: int = 10) -> Template:
+    """The most probable template if rank r is right with probability proportional to 1/(r+1).
+
+    Positions are taken as independent, so a path's probability is the product over its ranks of
+    ``1 / ((r+1) H)`` with ``H = 1 + 1/2 + .. + 1/top_k``; the best ``num_nodes - 1`` paths are
+    kept. Ties go to the shorter, then to the lexicographically smaller path.
+
+    Args:
+        num_nodes: N, root included, at least 2.
+        max_depth: M.
+        top_k: ranks per position.
+
+    Raises:
+        ValueError: if fewer than ``num_nodes - 1`` paths exist.
+    """
+    harmonic = sum(fractions.Fraction(1, rank + 1) for rank in range(top_k))
+    kept: list[tuple[int, ...]] = []
+    frontier = [((rank,), (rank + 1) * harmonic) for rank in range(top_k)] if max_depth else []
+    while len(kept) < num_nodes - 1:
+        if not frontier:
+            raise ValueError(f"num_nodes={num_nodes}: only {len(kept) + 1} nodes exist")
+        # Inverse probabilities are exact fractions: ties are real, not rounding.
+        best = min(frontier, key=lambda entry: (entry[1], len(entry[0]), entry[0]))
+        frontier.remove(best)
+        path, cost = best
+        kept.append(path)
+        if len(path) < max_depth:
+            frontier += [((*path, r), cost * (r + 1) * harmonic) for r in range(top_k)]
+    return static_template(kept)
+
+
+def counted_template(counts: Sequence[int] = PUBLISHED_COUNTS, top_k: int = 10) -> Template:
+    """Template with a given number of nodes per depth.
+
+    Rule: at each depth, of all children of the nodes kept one depth above, keep those whose
+    product of ``rank + 1`` along the path is smallest; ties go to the lexicographically smaller
+    path. The default has the node counts of the published CTC drafter, not its list of paths.
+
+    Args:
+        counts: nodes at depth 1, 2, ...
+        top_k: ranks per position.
+
+    Raises:
+        ValueError: if a depth has fewer paths than asked for.
+    """
+    level: list[tuple[int, ...]] = [()]
+    kept: list[tuple[int, ...]] = []
+    for depth, count in enumerate(counts, start=1):
+        children = [(*path, rank) for path in level for rank in range(top_k)]
+        if not 1 <= count <= len(children):
+            raise ValueError(
+                f"counts: expected 1 to {len(children)} nodes at depth {depth}, got {count}"
+            )
+        children.sort(key=lambda path: (math.prod(rank + 1 for rank in path), path))
+        level = children[:count]
+        kept += level
+    return static_template(kept)
+
+
+def top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Exact top-k of the last axis, faster than ``lax.top_k`` when that axis is a vocabulary.
+
+    Entry i belongs to block ``i % blocks``. The k blocks with the largest maxima contain the
+    top k, so only they are searched. The first stage is an elementwise maximum over rows of
+    ``blocks`` entries, which every backend vectorises; with about ``sqrt(n k)`` blocks both
+    searches are short.
+
+    Args:
+        scores: float [..., n].
+        k: at most n.
+
+    Returns:
+        values float [..., k], falling, and indices int32 [..., k]. The values are those of
+        ``lax.top_k``; among equal scores any may be returned.
+
+    Raises:
+        ValueError: if ``k`` is not in 1..n.
+    """
+    n = scores.shape[-1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k: expected 1 to {n}, got {k}")
+    blocks = 2 ** round(math.log2(math.sqrt(n * k)))
+    full_rows = n // blocks
+    if full_rows < 8:
+        return lax.top_k(scores, k)
+    body = scores[..., : full_rows * blocks].reshape(*scores.shape[:-1], full_rows, blocks)
+    best = jnp.max(body, axis=-2)
+    tail = n - full_rows * blocks
+    if tail:
+        widths = [(0, 0)] * (scores.ndim - 1) + [(0, blocks - tail)]
+        padded = jnp.pad(scores[..., -tail:], widths, constant_values=-jnp.inf)
+        best = jnp.maximum(best, padded)
+    _, block = lax.top_k(best, k)  # [..., k]
+    row = jnp.arange(full_rows + bool(tail), dtype=jnp.int32)
+    index = row[:, None] * blocks + block[..., None, :]  # [..., rows, k]
+    index = index.reshape(*block.shape[:-1], -1)
+    # Slots past the end lie in the last row, so no real entry loses a tie against them.
+    found = jnp.take_along_axis(scores, jnp.minimum(index, n - 1), axis=-1)
+    values, at = lax.top_k(jnp.where(index < n, found, -jnp.inf), k)
+    return values, jnp.take_along_axis(index, at, axis=-1)

@@ -1,0 +1,218 @@
+"""The exact prefix tree of a CTC lattice, on device.
+
+Frames f = 1..F are independent given the drafter's input; frame f emits token c with probability
+``p_f(c)`` or blank. An alignment (one symbol per frame) spells the text that is left after merging
+adjacent repeats and deleting blanks. The mass of a prefix u is the probability that the text
+starts with u. Collapse and recursions: Graves et al. 2006, "Connectionist Temporal
+Classification", sections 3 and 4; prefix mass: Graves 2012, "Supervised Sequence Labelling",
+section 7.5.
+
+The state of a prefix u with last label l is ``ending[g]``: the mass of all ways to spell u in the
+first g frames with l in frame g. Then label c is entered at frame f from any such g, with blanks
+in between and, where c = l, at least one blank::
+
+    far[f]     = sum over g < f-1 of ending[g] * prod over g < k < f of p_k(blank)
+    near[f]    = ending[f-1]
+    enter_c[f] = p_f(c) * (far[f] + [c != l] * near[f])
+    mass(u+c)  = sum over f of enter_c[f]
+    ending_c[f] = enter_c[f] + p_f(c) * ending_c[f-1]
+
+so a matrix product gives ``far`` and another one the masses of all children of all states. Sums
+of non-negative terms only: nothing cancels. The root is a label in a virtual frame 0.
+
+One row; callers lift with ``jax.vmap``. Shape letters: N tree nodes, M max depth, V vocabulary,
+F draft frames, W states of a level, C candidate tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ctc_spec_jax.tree import build
+from ctc_spec_jax.types import NO_PARENT, ROOT
+
+
+class _Level(NamedTuple):
+    """Prefixes of one length. ``label`` and ``parent`` of the root are out of range."""
+
+    mass: jax.Array  # float32 [W]
+    label: jax.Array  # int32 [W], index of the last label among the candidates
+    parent: jax.Array  # int32 [W], index in the level above
+    probs: jax.Array  # float32 [W, F+1], p_f(label); frame 0 is the virtual one
+    ending: jax.Array  # float32 [W, F+1]
+
+
+def prefix_tree(
+    log_probs: jax.Array,
+    pending: jax.Array,
+    *,
+    num_nodes: int,
+    max_depth: int,
+    top_k: int,
+    beam: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The ``num_nodes - 1`` most probable prefixes, as a tree below the pending token.
+
+    Candidates are prefixes of at most ``max_depth`` tokens over the union of every frame's
+    ``top_k`` tokens. The mass of a prefix is the sum of the masses of its continuations and of
+    the mass of stopping there, so it never grows along a path: the best prefixes form a tree, and
+    of all trees of N nodes this one has the largest expected accepted length under the lattice
+    (the sum of its masses, root excluded).
+
+    Exactness of the level-by-level search with ``beam=None``: if depth d holds n of the N-1 best
+    prefixes, the d-1 ancestors of one of them are among the best too, so n <= N-d. They are the n
+    best of their depth and, by induction, children of kept states. Keeping N-d states at depth d
+    therefore loses none.
+
+    Args:
+        log_probs: float32 [F, V+1], normalised over classes; class V is blank. NaN counts as
+            probability 0.
+        pending: int32 [], token of the root; it is no part of the lattice.
+        num_nodes: N, root included.
+        max_depth: M; more than F cannot be reached.
+        top_k: candidate tokens per frame, at most V.
+        beam: states kept per level, at most N-d at depth d. Fewer are faster, and the tree may
+            then miss prefixes whose parents were cut.
+
+    Returns:
+        tokens int32 [N], parents int32 [N], valid bool [N], log_prefix float32 [N]: log mass, 0
+        at the root. Nodes come by falling mass, parents before children. Where fewer prefixes
+        have mass, the last slots are invalid: token 0, parent ROOT, log mass -inf.
+
+    Raises:
+        ValueError: for a wrong shape or dtype, or a size below 1.
+    """
+    _validate(log_probs, num_nodes, max_depth, top_k, beam)
+    ids, probs = _candidates(log_probs, top_k)
+    gaps = _blank_runs(jnp.exp(log_probs[:, -1]))
+    levels = [_root(num_nodes=ids.shape[0], frames=log_probs.shape[0])]
+    for depth in range(1, min(max_depth, log_probs.shape[0], num_nodes - 1) + 1):
+        width = min(num_nodes - depth, num_nodes if beam is None else beam)
+        levels.append(_expand(levels[-1], probs, gaps, width))
+    mass, label, parents = _select(levels, num_nodes)
+    valid = mass > 0
+    is_root = np.arange(num_nodes) == ROOT
+    tokens = jnp.where(is_root, pending, jnp.where(valid, ids[label], 0))
+    parents = jnp.where(is_root, NO_PARENT, jnp.where(valid, parents, ROOT))
+    return tokens, parents, valid, jnp.log(mass)
+
+
+def _candidates(log_probs: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """Union of every frame's top tokens: ids int32 [C] and probabilities float32 [C, F+1]."""
+    vocab_size = log_probs.shape[1] - 1
+    _, ids = build.top_k(log_probs[:, :vocab_size], top_k)
+    ids = ids.reshape(-1)
+    # A token that several frames propose keeps its first entry; the others get probability 0, so
+    # no prefix occurs twice. A scatter, because comparing all pairs costs more than a level does.
+    order = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    first = jnp.full((vocab_size,), ids.shape[0], jnp.int32).at[ids].min(order)
+    probs = jnp.exp(log_probs[:, ids].T)
+    # NaN > 0 is false: a broken drafter costs speed, not a malformed tree.
+    probs = jnp.where((first[ids] == order)[:, None] & (probs > 0), probs, 0.0)
+    return ids, jnp.pad(probs, ((0, 0), (1, 0)))
+
+
+def _blank_runs(blank: jax.Array) -> jax.Array:
+    """Probability that all frames strictly between g and f are blank, for g < f-1, else 0.
+
+    ``blank`` is float32 [F]; the result [F+1, F+1] counts the virtual frame 0.
+    """
+    g, f, k = np.ogrid[: len(blank) + 1, : len(blank) + 1, 1 : len(blank) + 1]
+    blank = jnp.where(blank > 0, blank, 0.0)
+    # A product of the selected factors, not a ratio of cumulative products: blanks may be 0.
+    runs = jnp.prod(jnp.where((g < k) & (k < f), blank[None, None, :], 1.0), axis=-1)
+    return jnp.where((g < f - 1)[:, :, 0], runs, 0.0)
+
+
+def _root(num_nodes: int, frames: int) -> _Level:
+    return _Level(
+        mass=jnp.ones((1,)),
+        label=jnp.full((1,), num_nodes, jnp.int32),
+        parent=jnp.full((1,), NO_PARENT, jnp.int32),
+        probs=jnp.zeros((1, frames + 1)),
+        ending=jnp.zeros((1, frames + 1)).at[:, 0].set(1.0),
+    )
+
+
+def _expand(level: _Level, probs: jax.Array, runs: jax.Array, width: int) -> _Level:
+    """The ``width`` most probable children of a level's prefixes."""
+    far = _matmul(level.ending, runs)
+    near = _shift(level.ending, 1)
+    scores = _matmul(far + near, probs.T)  # [W, C]
+    # A repeated label enters through a blank only. Recomputed without the near term rather than
+    # corrected by a difference, which would cancel. The root's label is out of range: dropped.
+    rows = jnp.arange(scores.shape[0], dtype=jnp.int32)
+    repeats = jnp.sum(level.probs * far, axis=1)
+    scores = scores.at[rows, level.label].set(repeats, mode="drop", unique_indices=True)
+
+    mass, index = lax.top_k(scores.reshape(-1), min(width, scores.size))
+    parent = lax.div(index, jnp.int32(scores.shape[1]))
+    label = lax.rem(index, jnp.int32(scores.shape[1]))
+    is_repeat = label == level.label[parent]
+    before = jnp.where(is_repeat[:, None], far[parent], (far + near)[parent])
+    return _Level(
+        # The sums of parent and child are rounded apart; a child must never rank above its parent.
+        mass=jnp.minimum(mass, level.mass[parent]),
+        label=label,
+        parent=parent,
+        probs=probs[label],
+        ending=_stay(probs[label] * before, probs[label]),
+    )
+
+
+def _stay(enter: jax.Array, probs: jax.Array) -> jax.Array:
+    """Solve ``x[f] = enter[f] + probs[f] * x[f-1]`` along the last axis, by doubling.
+
+    After the step with shift s, x covers the last 2s entries into each frame and ``probs`` is the
+    probability of 2s frames of the label: log2(F) fused steps instead of F.
+    """
+    total, shift = enter, 1
+    while shift < enter.shape[-1]:
+        total = total + probs * _shift(total, shift)
+        probs = probs * _shift(probs, shift)
+        shift *= 2
+    return total
+
+
+def _select(levels: list[_Level], num_nodes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best nodes of all levels: mass, label and parent slot, each [N], by falling mass."""
+    offsets = np.cumsum([0] + [len(level.mass) for level in levels[:-1]])
+    above = [0, *offsets[:-1].tolist()]
+    missing = (0, max(num_nodes - sum(len(level.mass) for level in levels), 0))
+    mass = jnp.pad(jnp.concatenate([level.mass for level in levels]), missing)
+    label = jnp.pad(jnp.concatenate([level.label for level in levels]), missing)
+    parent = jnp.concatenate([o + level.parent for o, level in zip(above, levels, strict=True)])
+    # Equal masses come in index order, hence shorter prefixes first: with the clamp above, a
+    # parent is always kept and always precedes its children.
+    mass, kept = lax.top_k(mass, num_nodes)
+    parent = jnp.pad(parent, missing)[kept]
+    slot = jnp.argmax(parent[:, None] == kept[None, :], axis=1).astype(jnp.int32)
+    return mass, label[kept], slot
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    # Accelerators would round the factors to bfloat16 or TF32, and masses would lose their order.
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _shift(x: jax.Array, by: int) -> jax.Array:
+    """Move the last axis ``by`` frames later; zeros come in."""
+    return jnp.pad(x[:, :-by], ((0, 0), (by, 0)))
+
+
+def _validate(log_probs, num_nodes: int, max_depth: int, top_k: int, beam: int | None) -> None:
+    if log_probs.ndim != 2 or log_probs.shape[1] < 2 or log_probs.dtype != jnp.float32:
+        raise ValueError(
+            f"log_probs: expected float32 [F, V+1], got {log_probs.dtype} {log_probs.shape}"
+        )
+    sizes = {"num_nodes": num_nodes, "max_depth": max_depth, "top_k": top_k, "beam": beam}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    if top_k > log_probs.shape[1] - 1:
+        raise ValueError(f"top_k: expected at most V={log_probs.shape[1] - 1}, got {top_k}")

@@ -1,0 +1,135 @@
+"""Tiny models and drafters that the tests share.
+
+Shape letters: B batch, N tree nodes, M max depth, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctc_spec_jax.decode import Loop, decode
+from ctc_spec_jax.models.config import DecoderConfig
+from ctc_spec_jax.models.decoder import DecoderLM
+from ctc_spec_jax.types import NO_PARENT, NO_TOKEN, DraftTree
+from ctc_spec_jax.verify import Greedy
+
+VOCAB = 17
+
+
+def tiny_target(seed: int = 1, **changes) -> tuple[DecoderLM, Any]:
+    """Two layers, width 32, rotary positions; weights large enough that greedy text varies."""
+    config = DecoderConfig(
+        vocab_size=VOCAB,
+        width=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_width=8,
+        mlp_width=48,
+        **changes,
+    )
+    lm = DecoderLM(config)
+    params = lm.init(jax.random.key(seed))
+
+    # Seed and scales were chosen so that the greedy text of every row keeps changing.
+    def enlarge(path, x):
+        if x.ndim < 2:
+            return x
+        return x * (50.0 if "embedding" in str(path) or "head" in str(path) else 16.0)
+
+    return lm, jax.tree_util.tree_map_with_path(enlarge, params)
+
+
+def ragged_prompts(seed: int, lengths) -> tuple[np.ndarray, np.ndarray]:
+    """Random prompts of the given lengths, right-padded with garbage, so that padding is tested."""
+    lengths = np.asarray(lengths, np.int32)
+    draw = np.random.default_rng(seed)
+    return draw.integers(0, VOCAB, (len(lengths), lengths.max() + 2)).astype(np.int32), lengths
+
+
+def run(lm, params, drafter, draft_params, prompts, lengths, new_tokens, stops=None, budget=None):
+    """Greedy decode of a batch with default stops and budgets."""
+    batch = len(prompts)
+    loop = Loop(lm, drafter, Greedy(), new_tokens)
+    budget = np.full((batch,), new_tokens, np.int32) if budget is None else budget
+    stops = np.full((batch, 1), NO_TOKEN, np.int32) if stops is None else stops
+    return jitted_decode(
+        loop, params, draft_params, prompts, lengths, jax.random.key(0), budget, stops
+    )
+
+
+jitted_decode = jax.jit(decode, static_argnums=0)
+
+
+def reference_greedy(lm, params, prompt, new_tokens: int) -> list[int]:
+    """Slow and obvious: one full forward without a cache for every token."""
+    from ctc_spec_jax.models.decoder import output_logits
+
+    tokens = list(map(int, prompt))
+    width = len(tokens) + new_tokens
+
+    @jax.jit
+    def next_token(padded, length):
+        hidden, _, _ = lm.hidden(params, padded[None], length[None])
+        return jnp.argmax(output_logits(params, hidden)[0, length - 1])
+
+    for _ in range(new_tokens):
+        padded = np.zeros(width, np.int32)
+        padded[: len(tokens)] = tokens
+        tokens.append(int(next_token(padded, np.int32(len(tokens)))))
+    return tokens[len(prompt) :]
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleTree:
+    """Random trees around the true continuation, of a given quality.
+
+    Every node's token is right with probability ``quality``, else random, with siblings that may
+    repeat a token; some nodes are invalid. ``draft_params`` is the true text, int32 [B, S].
+    """
+
+    max_depth: int = 4
+    num_nodes: int = 12
+    quality: float = 0.7
+    taps: tuple[int, ...] = ()
+
+    def init(self, params, context, taps):
+        del params, context, taps
+        return ()
+
+    def propose(self, params, state, context, key):
+        del state
+
+        def row(key, truth, length, pending):
+            keys = jax.random.split(key, 4)
+            n = self.num_nodes
+            choice = jax.random.uniform(keys[0], (n,))
+            parents, depth = [jnp.int32(NO_PARENT)], [jnp.int32(0)]
+            for i in range(1, n):
+                parent = jnp.floor(choice[i] * i).astype(jnp.int32)
+                deep = jnp.stack(depth)[parent] >= self.max_depth
+                parent = jnp.where(deep, 0, parent)
+                parents.append(parent)
+                depth.append(jnp.stack(depth)[parent] + 1)
+            parents, depth = jnp.stack(parents), jnp.stack(depth)
+            right = truth[jnp.minimum(length + depth, truth.shape[0] - 1)]
+            wrong = jax.random.randint(keys[1], (n,), 0, VOCAB)
+            tokens = jnp.where(jax.random.uniform(keys[2], (n,)) < self.quality, right, wrong)
+            tokens = tokens.at[0].set(pending).astype(jnp.int32)
+            drop = jax.random.uniform(keys[3], (n,)) < 0.15
+            valid = [jnp.array(True)]
+            for i in range(1, n):
+                valid.append(jnp.stack(valid)[parents[i]] & ~drop[i])
+            return tokens, parents, jnp.stack(valid)
+
+        keys = jax.random.split(key, context.length.shape[0])
+        return DraftTree(*jax.vmap(row)(keys, params, context.length, context.pending))
+
+    def commit(self, params, state, context, output, acceptance):
+        del params, context, output, acceptance
+        return state

@@ -1,0 +1,102 @@
+"""The cache after every round is that of a fresh prefill (T8), and no step copies it."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from ctc_spec_jax.decode import Loop, NoDraft, advance, start
+from ctc_spec_jax.draft.ctc import CTCDrafter, PrefixTree, ctc_config
+from ctc_spec_jax.types import NO_TOKEN
+from ctc_spec_jax.verify import Greedy
+from tests.helpers import OracleTree, ragged_prompts, tiny_target
+
+NEW = 16
+
+
+def _states(lm, params, drafter, draft_params, chunks):
+    prompts, lengths = ragged_prompts(3, (6, 3, 8))
+    loop = Loop(lm, drafter, Greedy(), NEW)
+    budget, stops = np.full((3,), NEW, np.int32), np.full((3, 1), NO_TOKEN, np.int32)
+    begin = jax.jit(start, static_argnums=0)
+    step = jax.jit(advance, static_argnums=0)
+    state = begin(loop, params, draft_params, prompts, lengths, jax.random.key(5), budget, stops)
+    for rounds in chunks:
+        yield loop, state
+        state = step(loop, params, draft_params, state, np.int32(rounds))
+    yield loop, state
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("quality", [0.3, 1.0])
+def test_cache_audit(quality, window):
+    """Committed keys and values equal those of a causal forward over the committed tokens.
+
+    Catches a wrong gather, a wrong position (rotary phase) and an off-by-one commit.
+    """
+    lm, params = tiny_target(windows=(window, 0) if window else ())
+    plain = list(_states(lm, params, NoDraft(), (), [NEW]))[-1][1]
+    fresh = jax.jit(lambda tokens, length: lm.hidden(params, tokens, length)[2])
+    drafter = OracleTree(quality=quality)
+    seen = set()
+    for _, state in _states(lm, params, drafter, plain.tokens, [1] * 6):
+        length = np.asarray(state.length)
+        seen |= set(length.tolist())
+        for (keys, values), (new_keys, new_values) in zip(
+            state.cache, fresh(state.tokens, state.length), strict=True
+        ):
+            for row, n in enumerate(length):
+                for ours, true in ((keys, new_keys), (values, new_values)):
+                    np.testing.assert_allclose(
+                        ours[row, :, :n], true[row, :, :n], rtol=1e-4, atol=1e-4
+                    )
+    assert len(seen) > 6
+
+
+def test_drafter_cache_audit():
+    """The drafter's context after rounds equals its context of a fresh prompt of that text."""
+    lm, params = tiny_target()
+    drafter = CTCDrafter(ctc_config(lm.config, frames=5, taps=(0, 1)), PrefixTree(6, 3, top_k=4))
+    draft_params = drafter.init_params(jax.random.key(0))
+    for loop, state in _states(lm, params, drafter, draft_params, [1] * 4):
+        prompt, length = state.tokens[:, : int(state.length.max()) + 1], state.length + 1
+        budget, stops = np.full((3,), NEW, np.int32), state.stops
+        fresh = jax.jit(start, static_argnums=0)(
+            loop, params, draft_params, prompt, length, jax.random.key(0), budget, stops
+        )
+        np.testing.assert_allclose(
+            state.drafter["newest"], fresh.drafter["newest"], rtol=1e-4, atol=1e-4
+        )
+        ours, true = (jax.tree.leaves(s.drafter["kv"]) for s in (state, fresh))
+        for a, b in zip(ours, true, strict=True):
+            for row, n in enumerate(np.asarray(state.length)):
+                np.testing.assert_allclose(a[row, :, :n], b[row, :, :n], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_no_step_copies_a_cache(batch):
+    """The compiled loop holds no copy of the shape of a cache, and the donated state is reused."""
+    lm, params = tiny_target()
+    drafter = CTCDrafter(ctc_config(lm.config, frames=5, taps=(0, 1)), PrefixTree(6, 3, top_k=4))
+    draft_params = drafter.init_params(jax.random.key(0))
+    prompts, lengths = ragged_prompts(3, (6, 3, 8)[:batch])
+    loop = Loop(lm, drafter, Greedy(), NEW)
+    budget, stops = np.full((batch,), NEW, np.int32), np.full((batch, 1), NO_TOKEN, np.int32)
+    state = jax.eval_shape(
+        lambda: start(
+            loop, params, draft_params, prompts, lengths, jax.random.key(5), budget, stops
+        )
+    )
+    step = jax.jit(advance, static_argnums=0, donate_argnums=3)
+    compiled = step.lower(loop, params, draft_params, state, np.int32(4)).compile()
+    caches = jax.tree.leaves(state.cache) + jax.tree.leaves(state.drafter["kv"])
+    text = compiled.as_text()
+    for shape in {leaf.shape for leaf in caches}:
+        dims = ",".join(map(str, shape))
+        assert f"f32[{dims}]" in text
+        assert not re.findall(rf"= f32\[{dims}\]\{{[^}}]*\}} copy\(", text)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in caches)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size

@@ -1,0 +1,162 @@
+"""The CTC drafter in the loop: exact for lattices of any quality, full of repeats and blanks."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctc_spec_jax.decode import NoDraft
+from ctc_spec_jax.draft.ctc import CTCDrafter, PrefixTree, TransformTree, ctc_config, published
+from ctc_spec_jax.tree.ctc_transform import default_template
+from ctc_spec_jax.types import DraftTree
+from tests.helpers import VOCAB, ragged_prompts, run, tiny_target
+
+NEW = 20
+FRAMES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleLattice:
+    """Lattices that spell the true text with random repeats and blanks, blurred by noise.
+
+    ``draft_params`` is the true text, int32 [B, S]. The tree builders are the real ones.
+    """
+
+    tree: Any
+    sharpness: float = 4.0
+    taps: tuple[int, ...] = ()
+
+    @property
+    def max_depth(self):
+        return self.tree.max_depth
+
+    @property
+    def num_nodes(self):
+        return self.tree.num_nodes
+
+    def init(self, params, context, taps):
+        return ()
+
+    def propose(self, params, state, context, key):
+        def row(key, truth, length):
+            place, kind, noise = jax.random.split(key, 3)
+            advance = jax.random.uniform(place, (FRAMES,)) < 0.7
+            index = length + jnp.cumsum(advance.astype(jnp.int32))
+            label = truth[jnp.minimum(index, truth.shape[0] - 1)]
+            # A frame that does not advance repeats the label before it or is blank; between two
+            # equal tokens of the text this merges them, which is a legitimate wrong draft.
+            rest = jnp.where(jax.random.uniform(kind, (FRAMES,)) < 0.5, VOCAB, label)
+            label = jnp.where(advance, label, rest)
+            logits = self.sharpness * jax.nn.one_hot(label, VOCAB + 1)
+            logits += jax.random.normal(noise, logits.shape)
+            return jax.nn.log_softmax(logits, axis=-1)
+
+        keys = jax.random.split(key, context.length.shape[0])
+        lattice = jax.vmap(row)(keys, params, context.length)
+        return DraftTree(*jax.vmap(self.tree)(lattice, context.pending))
+
+    def commit(self, params, state, context, output, acceptance):
+        return state
+
+
+TREES = {
+    "prefix": PrefixTree(10, 4, top_k=4),
+    "transform": TransformTree(default_template(16, 4)),
+}
+
+
+@pytest.fixture(scope="module")
+def setting():
+    lm, params = tiny_target()
+    prompts, lengths = ragged_prompts(7, (4, 9, 2, 6))
+    plain = run(lm, params, NoDraft(), (), prompts, lengths, NEW)
+    truth = np.zeros((4, prompts.shape[1] + NEW + 8), np.int32)
+    for row, n in enumerate(lengths):
+        truth[row, :n] = prompts[row, :n]
+        truth[row, n : n + NEW] = plain.tokens[row]
+    return lm, params, prompts, lengths, np.asarray(plain.tokens), truth
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 4.0, 9.0])
+@pytest.mark.parametrize("name", TREES)
+def test_lattice_trees_equal_plain(setting, name, sharpness):
+    lm, params, prompts, lengths, plain, truth = setting
+    drafter = OracleLattice(TREES[name], sharpness)
+    result = run(lm, params, drafter, truth, prompts, lengths, NEW)
+    np.testing.assert_array_equal(result.tokens, plain)
+    if sharpness == 9.0:
+        assert (np.asarray(result.stats.rounds) < 0.8 * NEW).all()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", TREES)
+def test_network_equals_plain(setting, name, batch):
+    """A drafter with random weights, taps, its own cache and the shared head."""
+    lm, params, prompts, lengths, plain, _ = setting
+    drafter = CTCDrafter(ctc_config(lm.config, 2, FRAMES, taps=(0, 1)), TREES[name])
+    draft_params = drafter.init_params(jax.random.key(4))
+    rows = slice(0, batch)
+    result = run(lm, params, drafter, draft_params, prompts[rows], lengths[rows], NEW)
+    np.testing.assert_array_equal(result.tokens, plain[rows])
+
+
+def test_published_preset(setting):
+    lm, params, prompts, lengths, plain, _ = setting
+    network = published(lm.config)
+    assert network.num_layers == 1 and network.taps == (lm.config.num_layers - 1,)
+    drafter = CTCDrafter(network, TREES["transform"])
+    result = run(
+        lm, params, drafter, drafter.init_params(jax.random.key(0)), prompts, lengths, NEW
+    )
+    np.testing.assert_array_equal(result.tokens, plain)
+
+
+def test_training_pass_equals_decoding_pass(setting):
+    """The frames of an anchor in training are those of the decoder at that position.
+
+    Anchors of one row do not see each other nor what lies at or after them.
+    """
+    lm, params, prompts, lengths, _, truth = setting
+    drafter = CTCDrafter(ctc_config(lm.config, 2, FRAMES, taps=(0, 1)), TREES["prefix"])
+    draft_params = drafter.init_params(jax.random.key(4))
+    tokens = jnp.asarray(truth[:2, :14])
+    anchors = jnp.asarray([[0, 3, 9], [5, 6, 12]], jnp.int32)
+    full = jnp.full((2,), 14, jnp.int32)
+    _, taps, _ = lm.hidden(params, tokens, full, drafter.taps)
+    pending = params["embedding"][jnp.take_along_axis(tokens, anchors, axis=1)]
+    apply = drafter.network.apply
+    trained = apply({"params": draft_params}, taps, pending, anchors, method="anchor_hidden")
+    for row in range(2):
+        for a in range(3):
+            n = int(anchors[row, a])
+            cut = tuple(t[row : row + 1, :n] for t in taps) if n else None
+            if cut is None:
+                continue
+            one = apply(
+                {"params": draft_params},
+                cut,
+                pending[row : row + 1, a : a + 1],
+                anchors[row : row + 1, a : a + 1],
+                method="anchor_hidden",
+            )
+            np.testing.assert_allclose(trained[row, a], one[0, 0], rtol=2e-5, atol=2e-5)
+
+
+def test_blank_is_its_own_class(setting):
+    """Frame laws have V+1 classes that sum to one; raising the blank bias moves all else down."""
+    lm, params, *_ = setting
+    drafter = CTCDrafter(ctc_config(lm.config, 1, FRAMES), TREES["prefix"])
+    draft_params = drafter.init_params(jax.random.key(4))
+    hidden = jax.random.normal(jax.random.key(1), (2, FRAMES, lm.config.width))
+
+    def law(p):
+        return drafter.network.apply({"params": p}, hidden, params, method="log_probs")
+
+    low, high = law(draft_params), law(draft_params | {"blank_bias": jnp.float32(3.0)})
+    assert low.shape == (2, FRAMES, VOCAB + 1)
+    np.testing.assert_allclose(jnp.exp(low).sum(-1), 1.0, rtol=1e-5)
+    assert (high[..., VOCAB] > low[..., VOCAB]).all()
+    assert (high[..., :VOCAB] < low[..., :VOCAB]).all()

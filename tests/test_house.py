@@ -1,0 +1,49 @@
+"""Rules of the house that a reviewer would otherwise have to remember."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROGRAMS = ("ctc_spec_jax", "train", "infer")
+FILES = sorted(path for folder in PROGRAMS for path in (ROOT / folder).rglob("*.py"))
+METHODS = ("ctc", "medusa", "eagle", "hydra", "glide", "pearl", "ngram", "diffusion", "speculator")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sizes_and_docstrings(path):
+    """No file over 350 lines, no function over 80; every public name says what it is."""
+    text = path.read_text()
+    assert text.count("\n") <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, node.name
+    if path.is_relative_to(ROOT / "ctc_spec_jax"):
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+                assert ast.get_docstring(node), node.name
+
+
+@pytest.mark.parametrize("name", ["decode.py", "verify.py", "accept.py", "types.py"])
+def test_the_loop_knows_no_method(name):
+    """The loop, the rules and the types neither import drafters nor name a method."""
+    text = (ROOT / "ctc_spec_jax" / name).read_text()
+    assert not re.search(r"^(from|import) .*\bdraft\b", text, re.MULTILINE)
+    code = re.sub(r'""".*?"""|#.*|ctc_spec_jax', "", text, flags=re.DOTALL)
+    assert not re.findall(rf"\b\w*(?:{'|'.join(METHODS)})\w*\b", code, re.IGNORECASE)
+
+
+def test_linen_only_where_parameters_live():
+    """Flax is imported in ``models/`` and ``draft/`` alone."""
+    for path in FILES:
+        inside = path.parent.name in ("models", "draft")
+        if not inside and path.is_relative_to(ROOT / "ctc_spec_jax"):
+            assert not re.search(r"^(from|import) flax", path.read_text(), re.MULTILINE), path
+
+
+def test_torch_is_never_imported_by_the_library():
+    allowed = {ROOT / "infer" / "benchmark.py"}  # compares with transformers, on request
+    for path in set(FILES) - allowed:
+        assert not re.search(r"^\s*(from|import) torch", path.read_text(), re.MULTILINE), path
