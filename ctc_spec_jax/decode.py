@@ -148,13 +148,17 @@ def run_round(loop: Loop, params: Params, draft_params: Params, state: DecodeSta
             verify_key, tree, depth, mask, result.logits, drafter.max_depth
         )
     with jax.named_scope("accept"):
+        # No token is negative, so this is the length; but XLA cannot know, and so every write to
+        # the cache waits for the logits, hence for all reads of the cache. Where a write could
+        # come first (a tree of one node), XLA would copy the cache. Barriers are gone by then.
+        slot = state.length + (acceptance.next_token < 0).astype(jnp.int32)
         new = accept.emitted_tokens(tree, acceptance)
         acceptance, finish = accept.cut(new, acceptance, state)
         return dataclasses.replace(
             state,
             tokens=accept.write_tokens(state.tokens, new, state.length),
             length=state.length + acceptance.length,
-            cache=target.commit(state.cache, result.kv, acceptance.path, state.length),
+            cache=target.commit(state.cache, result.kv, acceptance.path, slot),
             drafter=drafter.commit(draft_params, state.drafter, context, result, acceptance),
             key=key,
             finish=finish,

@@ -57,7 +57,7 @@ class Engine:
     lm: DecoderLM
     params: Params
     tokenizer: Any
-    drafter: Drafter = NoDraft()
+    drafter: Drafter = dataclasses.field(default_factory=NoDraft)
     draft_params: Params = ()
 
     @classmethod
@@ -120,8 +120,7 @@ class Engine:
         ``seconds`` of each answer is the time of the whole batch, compilation included where it
         happens.
         """
-        tokens, lengths = self.encode(prompts)
-        self._check_budget(max_new_tokens)
+        tokens, lengths = self.encode(prompts, max_new_tokens)
         began = time.perf_counter()
         result = self.decode_function(max_new_tokens)(
             self.params, self.draft_params, tokens, lengths, jax.random.key(seed)
@@ -137,8 +136,7 @@ class Engine:
 
         The state stays on the device and is donated from chunk to chunk.
         """
-        tokens, lengths = self.encode([prompt])
-        self._check_budget(max_new_tokens)
+        tokens, lengths = self.encode([prompt], max_new_tokens)
         loop = self._loop(max_new_tokens)
         budget = np.full((1,), max_new_tokens, np.int32)
         stops = np.asarray([self._stops()], np.int32)
@@ -163,19 +161,26 @@ class Engine:
                 yield text[len(shown) :]
                 shown = text
 
-    def encode(self, prompts) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, prompts, max_new_tokens: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Right-padded token ids int32 [B, T], T a multiple of the bucket, and lengths [B].
 
         Raises:
-          InputError: a prompt without a token.
+          InputError: no prompt, or one without a token, with a token that the target does not
+            have, or that leaves no room for ``max_new_tokens`` among the target's positions.
         """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
+        if not prompts:
+            raise InputError("prompts: expected at least one, found none")
         rows = [
-            self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+            # Not verbose: a prompt that is too long is reported once, below.
+            self.tokenizer(prompt, verbose=False)["input_ids"]
+            if isinstance(prompt, str)
+            else list(prompt)
             for prompt in prompts
         ]
         for index, row in enumerate(rows):
-            if not row:
-                raise InputError(f"prompt {index}: expected at least one token, found none")
+            self._check_prompt(index, row, max_new_tokens)
         width = -(-max(len(row) for row in rows) // _BUCKET) * _BUCKET
         tokens = np.zeros((len(rows), width), np.int32)
         for index, row in enumerate(rows):
@@ -203,9 +208,21 @@ class Engine:
         end = self.tokenizer.eos_token_id
         return (NO_TOKEN if end is None else end,)
 
-    def _check_budget(self, max_new_tokens: int) -> None:
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
+    def _check_prompt(self, index: int, row: list[int], max_new_tokens: int) -> None:
+        vocab, positions = self.lm.config.vocab_size, self.tokenizer.model_max_length
+        if not row:
+            raise InputError(f"prompt {index}: expected at least one token, found none")
+        if not 0 <= min(row) <= max(row) < vocab:
+            raise InputError(
+                f"prompt {index}: expected token ids below the target's vocabulary of {vocab}, "
+                f"found {min(row) if min(row) < 0 else max(row)}"
+            )
+        if len(row) + max_new_tokens > positions:
+            raise InputError(
+                f"prompt {index}: expected at most {max(0, positions - max_new_tokens)} tokens, so "
+                f"that {max_new_tokens} new ones fit the target's {positions} positions, found "
+                f"{len(row)}"
+            )
 
 
 _decode = jax.jit(decode, static_argnums=0)

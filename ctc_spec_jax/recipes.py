@@ -34,19 +34,28 @@ def load_target(path_or_id: str, dtype=jnp.float32, revision: str | None = None)
     """Target, parameters and tokenizer of a Hugging Face folder or hub id."""
     folder = convert.target_folder(path_or_id, revision)
     lm, params = convert.load_target(str(folder), dtype)
-    return lm, params, load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    if isinstance(positions, int):
+        # The model's own limit counts: tokenizer files often name none or another one.
+        tokenizer.model_max_length = positions
+    return lm, params, tokenizer
 
 
 def load_tokenizer(folder):
     """The tokenizer of a Hugging Face folder."""
     from transformers import AutoTokenizer
 
+    expected = f"target: expected tokenizer files in {folder}, found none that load"
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"target: expected tokenizer files in {folder}, found none that load"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # broken files raise the bare Exception of the tokenizers library
+        raise InputError(expected) from error
+    # Where there is no file, transformers makes up an empty tokenizer for some families.
+    names = tokenizer.vocab_files_names.values()
+    if names and not any((pathlib.Path(folder) / name).is_file() for name in names):
+        raise InputError(expected)
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -71,9 +80,7 @@ def save_drafter(
         "tree_depth": drafter.max_depth,
         "target": target,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "flax", "ctc-spec-jax")
-        },
+        "versions": {name: _version(name) for name in ("jax", "flax", "ctc-spec-jax")},
         "command": training.get("command", ""),
     }
     final = pathlib.Path(folder)
@@ -100,6 +107,13 @@ def save_drafter(
         raise
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "not installed"
+
+
 def load_drafter(
     folder, lm: DecoderLM, tokenizer=None, nodes: int = 16, dtype=jnp.float32, tree: str = "prefix"
 ):
@@ -119,14 +133,7 @@ def load_drafter(
     folder = pathlib.Path(folder)
     description = _read_config(folder)
     network_class, drafter_class = DRAFTERS[description["model_type"]]
-    fields = {field.name for field in dataclasses.fields(network_class)}
-    description["taps"] = tuple(description["target_layer_ids"])
-    try:
-        network = network_class(**{name: description[name] for name in fields})
-    except KeyError as error:
-        raise InputError(
-            f"drafter: expected key {error.args[0]!r} in {folder / 'config.json'}, found none"
-        ) from error
+    network = _network(network_class, description, folder / "config.json")
     _check_pair(network, description, lm, tokenizer)
     depth = min(description["tree_depth"], network.frames)
     if nodes < 2:
@@ -147,7 +154,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise InputError(f"drafter: expected a folder with config.json, found {folder}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"drafter: expected JSON in {path}, found {error}") from error
-    kind = description.get("model_type")
+    kind = description.get("model_type") if isinstance(description, dict) else None
     if kind not in DRAFTERS:
         raise InputError(
             f"drafter model_type: expected one of {', '.join(DRAFTERS)}, found {kind!r} in {path}"
@@ -155,18 +162,37 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     return description
 
 
+def _network(network_class, description: dict[str, Any], path: pathlib.Path):
+    """The network's configuration, every key that loading needs checked for its type."""
+    number = {int: "a whole number", float: "a number", list: "a list", str: "a text"}
+    kinds: dict[str, type] = {
+        field.name: float if isinstance(field.default, float) else int
+        for field in dataclasses.fields(network_class)
+    }
+    del kinds["taps"]
+    other = {"target_layer_ids": list, "tree_depth": int, "tokenizer_sha256": str}
+    for key, kind in (kinds | other).items():
+        value = description.get(key)
+        if not isinstance(value, int if kind is float and isinstance(value, int) else kind):
+            raise InputError(f"drafter {key}: expected {number[kind]} in {path}, found {value!r}")
+    taps = tuple(description["target_layer_ids"])
+    try:
+        return network_class(taps=taps, **{name: description[name] for name in kinds})
+    except ValueError as error:
+        raise InputError(f"drafter {error} in {path}") from error
+
+
 def _check_pair(network, description: dict[str, Any], lm: DecoderLM, tokenizer) -> None:
     for name in ("vocab_size", "width"):
         expected, found = getattr(lm.config, name), getattr(network, name)
         if expected != found:
+            raise InputError(f"drafter {name}: expected {expected} as in the target, found {found}")
+    for layer in network.taps:
+        if layer not in range(lm.config.num_layers):
             raise InputError(
-                f"drafter {name}: expected {expected} as in the target, found {found}"
+                f"drafter target_layer_ids: expected layers below {lm.config.num_layers}, "
+                f"found {layer!r}"
             )
-    if max(network.taps) >= lm.config.num_layers:
-        raise InputError(
-            f"drafter target_layer_ids: expected layers below {lm.config.num_layers}, "
-            f"found {max(network.taps)}"
-        )
     if tokenizer is not None and tokenizer_hash(tokenizer) != description["tokenizer_sha256"]:
         raise InputError(
             "drafter tokenizer: expected the vocabulary the drafter was trained with "
@@ -189,7 +215,6 @@ def _read_params(folder: pathlib.Path, network, drafter_class, dtype) -> Params:
             raise InputError(f"drafter: expected tensor {name!r} in {path}, found none")
         if found[name].shape != shape.shape:
             raise InputError(
-                f"drafter tensor {name!r}: expected shape {shape.shape}, "
-                f"found {found[name].shape}"
+                f"drafter tensor {name!r}: expected shape {shape.shape}, found {found[name].shape}"
             )
     return {name: jnp.asarray(found[name], dtype) for name in shapes}

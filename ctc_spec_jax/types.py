@@ -55,7 +55,7 @@ class TargetOutput:
 
     logits: jax.Array  # float32 [B, N, V]
     taps: tuple[jax.Array, ...]  # each [B, N, D], the hidden states that the drafter asked for
-    kv: tuple[tuple[jax.Array, jax.Array], ...]  # per layer (k, v), each [B, K, N, head width]
+    kv: Any  # per layer keys and values of the new nodes
 
 
 @pytree

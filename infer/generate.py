@@ -10,11 +10,14 @@ demo target never saw.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import statistics
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +50,14 @@ class Result:
     identical: bool | None
 
 
+class Answerer(Protocol):
+    """What can be measured: an ``Engine``, or another library behind the same method."""
+
+    def generate(self, prompts: Any, max_new_tokens: int) -> list[Generation]:
+        """See ``Engine.generate``."""
+        ...
+
+
 def heldout_prompts(tokenizer, count: int, length: int = 96) -> list[list[int]]:
     """Token prompts from standard-library files that the demo target was not trained on."""
     _, texts = data.corpus(("stdlib",), data.HELDOUT)
@@ -74,6 +85,8 @@ def read_prompts(path: str) -> list[str]:
         try:
             row = json.loads(line)
             prompt = row["prompt"] if "prompt" in row else row["turns"][0]
+            if not isinstance(prompt, str):
+                raise TypeError
         except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
             raise InputError(
                 f"--prompts: expected an object with 'prompt' or 'turns' in line {number} of "
@@ -85,7 +98,20 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def measure(engine: Engine, baseline: Engine | None, prompts, max_new_tokens: int, repeats: int):
+def choose_prompts(engine: Engine, path: str | None, count: int, max_new_tokens: int):
+    """Prompts of a JSONL file, or else ``count`` held-out ones.
+
+    Raises:
+      InputError: see ``read_prompts`` and ``Engine.encode``; before the first prompt is decoded.
+    """
+    prompts = read_prompts(path) if path else heldout_prompts(engine.tokenizer, count)
+    engine.encode(prompts, max_new_tokens)
+    return prompts
+
+
+def measure(
+    engine: Answerer, baseline: Answerer | None, prompts, max_new_tokens: int, repeats: int
+):
     """Answers of every prompt, one at a time, and the median seconds of each.
 
     The two engines take turns, so that a change of the machine's speed hits both alike. A first
@@ -159,14 +185,42 @@ def write_json(path: str, results: list[Result]) -> None:
     """Write the fastest result, and all of them under ``sizes``, in one piece."""
     best = max(results, key=lambda r: r.tokens_per_second)
     document = dataclasses.asdict(best) | {
-        "sizes": [
-            {k: v for k, v in dataclasses.asdict(r).items() if k != "text"} for r in results
-        ]
+        "sizes": [{k: v for k, v in dataclasses.asdict(r).items() if k != "text"} for r in results]
     }
-    part = f"{path}.part"
-    with open(part, "w") as file:
-        json.dump(document, file, indent=1)
-    os.replace(part, path)
+    write_document(path, document)
+
+
+def write_document(path: str, document: dict[str, Any]) -> None:
+    """Write a JSON file in one piece; no part of it stays where writing fails."""
+    part = pathlib.Path(f"{path}.part")
+    try:
+        part.write_text(json.dumps(document, indent=1) + "\n")
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise InputError(
+            f"--json: expected a writable file, found {path} ({error.strerror})"
+        ) from error
+
+
+def check_json(path: str | None) -> None:
+    """Refuse a result file that could not be written, before any work is done for it."""
+    if path is None:
+        return
+    folder = pathlib.Path(path).absolute().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"--json: expected a file in a writable folder, found {folder}")
+    if pathlib.Path(path).is_dir():
+        raise InputError(f"--json: expected a file, found the folder {path}")
+
+
+def check_counts(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    """Refuse counts below 1; ``names`` are attributes of ``arguments``."""
+    for name in names:
+        if getattr(arguments, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag}: expected at least 1, found {getattr(arguments, name)}")
 
 
 def _parse() -> argparse.Namespace:
@@ -194,14 +248,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--drafter: expected a folder beside --target, found none")
     if arguments.prompt is not None and arguments.prompts:
         raise InputError("--prompt: expected it or --prompts, found both")
-    for name in ("repeats", "num_prompts", "max_new_tokens"):
-        if getattr(arguments, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag}: expected at least 1, found {getattr(arguments, name)}")
-    if arguments.json:
-        folder = pathlib.Path(arguments.json).absolute().parent
-        if not os.access(folder, os.W_OK):
-            raise InputError(f"--json: expected a file in a writable folder, found {folder}")
+    check_counts(arguments, ("repeats", "num_prompts", "max_new_tokens"))
+    if min(arguments.tree_nodes) < 2:
+        raise InputError(f"--tree-nodes: expected at least 2, found {min(arguments.tree_nodes)}")
+    check_json(arguments.json)
 
 
 @exit_on_bad_input
@@ -216,10 +266,10 @@ def main() -> None:
     folder = arguments.drafter or str(demo.drafter_folder())
     if arguments.prompt is not None:
         prompts = [arguments.prompt]
-    elif arguments.prompts:
-        prompts = read_prompts(arguments.prompts)
     else:
-        prompts = heldout_prompts(engine.tokenizer, arguments.num_prompts)
+        prompts = choose_prompts(
+            engine, arguments.prompts, arguments.num_prompts, arguments.max_new_tokens
+        )
     for piece in engine.stream(prompts[0], arguments.max_new_tokens):
         print(piece, end="", flush=True)
     print("\n", flush=True)

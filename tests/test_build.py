@@ -79,19 +79,21 @@ def test_equal_templates_compile_once():
     assert fill._cache_size() == 1
 
 
-@pytest.mark.parametrize(("nodes", "depth", "ranks"), [(2, 1, 1), (7, 3, 3), (15, 2, 4), (21, 4, 3)])
+@pytest.mark.parametrize(
+    ("nodes", "depth", "ranks"), [(2, 1, 1), (7, 3, 3), (15, 2, 4), (21, 4, 3)]
+)
 def test_zipf_template_keeps_the_most_probable_paths(nodes, depth, ranks):
     template = build.zipf_template(nodes, depth, ranks)
     law = 1 / np.arange(1, ranks + 1)
     law /= law.sum()
     scored = sorted((-math.prod(law[list(path)]), path) for path in all_paths(ranks, depth))
     kept = sorted(-math.prod(law[list(path)]) for path in rank_paths(template))
-    np.testing.assert_allclose(kept, [score for score, _ in scored[: nodes - 1]][:nodes][::1])
+    np.testing.assert_allclose(kept, [score for score, _ in scored[: nodes - 1]])
     assert template.num_nodes == nodes and template.max_depth <= depth
 
 
 def test_zipf_template_breaks_ties_by_length_then_order():
-    """Of two ranks, (0, 1) and (1, 0) tie at depth 2; nine nodes hold everything but one of (x,y,z)."""
+    """With two ranks, (0, 1) and (1, 0) tie."""
     assert rank_paths(build.zipf_template(5, 2, 2)) == [(0,), (1,), (0, 0), (0, 1)]
 
 
@@ -138,20 +140,18 @@ def test_top_k_is_exact(n, k):
     """Wide rows take the two-stage path; integers make ties, -inf makes rows with few entries."""
     k = min(k, n)
     rng = np.random.default_rng(n + k)
-    scores = rng.normal(size=(4, 2, n)).astype(np.float32)
-    scores[1] = rng.integers(0, 4, (2, n))
-    scores[2] = -np.inf
-    scores[2, :, rng.integers(0, n, 3)] = 1.0
-    scores[3, 0] = np.arange(n)  # the best entries lie in the incomplete last row
+    scores = rng.normal(size=(6, n)).astype(np.float32)
+    scores[1:3] = rng.integers(0, 4, (2, n))
+    scores[3] = -np.inf
+    scores[4, rng.random(n) > 3 / n] = -np.inf
+    scores[5] = np.arange(n)  # the best entries lie in the incomplete last row
     expected, _ = lax.top_k(scores, k)
     values, indices = jax.jit(build.top_k, static_argnums=1)(scores, k)
     assert indices.dtype == jnp.int32
     np.testing.assert_array_equal(values, expected)
     np.testing.assert_array_equal(np.take_along_axis(scores, np.asarray(indices), -1), expected)
-    flat = np.sort(np.asarray(indices).reshape(-1, k), axis=-1)
-    assert (flat[:, 1:] > flat[:, :-1]).all() and flat.min() >= 0
-    mapped = jax.vmap(lambda row: build.top_k(row, k))(scores[:, 0])
-    np.testing.assert_array_equal(mapped[0], expected[:, 0])
+    ordered = np.sort(indices, axis=-1)
+    assert (ordered[:, 1:] > ordered[:, :-1]).all()
 
 
 def test_top_k_rejects_k_out_of_range():

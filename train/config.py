@@ -14,7 +14,10 @@ from ctc_spec_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Where and how long. ``folder`` holds checkpoints, metrics and the export."""
+    """Where and how long. ``folder`` holds checkpoints, metrics and the export.
+
+    A run that continues with other ``steps`` follows the rate schedule of the new length.
+    """
 
     folder: str = "runs/unnamed"
     seed: int = 0
@@ -56,7 +59,9 @@ class Data:
     """Training text.
 
     ``sources`` names installed packages (``stdlib`` for the standard library) whose Python files
-    are read, each file held out with probability ``heldout`` by a hash of its relative path.
+    are read, at most ``max_bytes`` of them unless 0, each file held out with probability
+    ``heldout`` by a hash of its relative path. A target trains its own tokenizer of ``vocab_size``
+    tokens, or takes the one in the folder ``tokenizer``.
     ``answers`` is a file of ``train.regenerate`` for the drafter; answers whose share of repeated
     8-token groups exceeds ``max_loop`` are left out.
     """
@@ -136,15 +141,42 @@ class TrainConfig:
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self):
+        for section, names in _AT_LEAST_ONE.items():
+            for name in names:
+                found = getattr(getattr(self, section), name)
+                if found < 1:
+                    raise InputError(f"{section}.{name}: expected at least 1, found {found}")
         if self.objective not in ("target", "drafter"):
-            raise InputError(
-                f"objective: expected 'target' or 'drafter', found {self.objective!r}"
-            )
-        if self.batch.microbatch < 1 or self.batch.rows % self.batch.microbatch:
+            raise InputError(f"objective: expected 'target' or 'drafter', found {self.objective!r}")
+        if self.batch.rows % self.batch.microbatch:
             raise InputError(
                 f"batch.microbatch: expected a divisor of batch.rows ({self.batch.rows}), "
                 f"found {self.batch.microbatch}"
             )
+        if self.model.width % self.model.heads:
+            raise InputError(
+                f"model.heads: expected a divisor of model.width ({self.model.width}), "
+                f"found {self.model.heads}"
+            )
+        if self.data.vocab_size < 257:
+            raise InputError(
+                "data.vocab_size: expected at least 257 (256 bytes and the end of text), "
+                f"found {self.data.vocab_size}"
+            )
+        if self.drafter.preset not in ("", "published"):
+            raise InputError(
+                f"drafter.preset: expected 'published' or '', found {self.drafter.preset!r}"
+            )
+
+
+_AT_LEAST_ONE = {
+    "run": ("steps", "log_every", "eval_every", "checkpoint_every", "keep"),
+    "batch": ("rows", "microbatch", "length", "anchors"),
+    "model": ("width", "layers", "heads", "kv_heads", "mlp_width"),
+    "drafter": ("layers", "frames"),
+    "loss": ("labels", "chunk"),
+    "evaluation": ("rows", "prompts", "prompt_length", "new_tokens"),
+}
 
 
 def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
@@ -154,12 +186,11 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
       InputError: unreadable file, unknown key, or a value of the wrong type.
     """
     try:
-        with open(path) as file:
-            tree = yaml.safe_load(file) or {}
-    except OSError as error:
-        raise InputError(f"config: expected a readable file, found {path} ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"config: expected YAML in {path}, found {error}") from error
+        with open(path, encoding="utf-8") as file:
+            tree = _parse(file, f"config: expected YAML in {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config: expected a readable file, found {path} ({error})") from error
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(f"config: expected sections in {path}, found {type(tree).__name__}")
     for override in overrides:
@@ -172,7 +203,7 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
                 raise InputError(f"override: expected a section at {section!r}, found a value")
-        node[field] = yaml.safe_load(value)
+        node[field] = _parse(value, f"override: expected a YAML value in {override!r}")
     return _build(TrainConfig, tree, "")
 
 
@@ -187,12 +218,20 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def _parse(text, expected: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        # The parser's own message spans several lines.
+        raise InputError(f"{expected}, found {' '.join(str(error).split())}") from error
+
+
 def _build(cls, tree: dict[str, Any], prefix: str):
     hints = typing.get_type_hints(cls)
     unknown = [key for key in tree if key not in hints]
     if unknown:
         raise InputError(
-            f"config key {prefix}{unknown[0]}: expected one of {', '.join(hints)}, found no such key"
+            f"config key {prefix}{unknown[0]}: expected one of {', '.join(hints)}, found another"
         )
     if "objective" in hints and "objective" not in tree:
         raise InputError("config key objective: expected 'target' or 'drafter', found nothing")

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import pathlib
 import sysconfig
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +24,7 @@ HELDOUT = 0.02
 END_OF_TEXT = "<|endoftext|>"
 """Separates files; the target's only special token."""
 
+_NONE = np.zeros((0,), np.int32)
 _LEFT_OUT = ("test", "tests", "testing", "idlelib", "site-packages", "__pycache__", "lib2to3")
 
 
@@ -43,7 +45,10 @@ def source_files(sources: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 def _root(source: str) -> pathlib.Path:
     if source == "stdlib":
         return pathlib.Path(sysconfig.get_paths()["stdlib"])
-    spec = importlib.util.find_spec(source)
+    try:
+        spec = importlib.util.find_spec(source)
+    except (ModuleNotFoundError, ValueError):
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"data.sources: expected an installed package, found {source!r}")
     return pathlib.Path(next(iter(spec.submodule_search_locations)))
@@ -70,7 +75,7 @@ def corpus(sources: tuple[str, ...], heldout: float, max_bytes: int = 0):
 def _limit(texts: list[str], max_bytes: int) -> list[str]:
     if not max_bytes:
         return texts
-    total = np.cumsum([len(text) for text in texts])
+    total = np.cumsum([len(text.encode()) for text in texts])
     return texts[: int(np.searchsorted(total, max_bytes)) + 1]
 
 
@@ -102,7 +107,7 @@ def tokenize(tokenizer, texts: list[str]) -> np.ndarray:
     """All texts as one int32 array, each followed by the end-of-text token."""
     rows = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
     end = [tokenizer.eos_token_id]
-    return np.concatenate([np.asarray(row.ids + end, np.int32) for row in rows])
+    return np.concatenate([np.asarray(row.ids + end, np.int32) for row in rows] or [_NONE])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +119,8 @@ class Windows:
 
     def batch(self, seed: int, step: int, rows: int) -> np.ndarray:
         """int32 [B, T], a pure function of the arguments."""
-        count = len(self.tokens) // self.length - 1
+        # One window less than fits, which leaves room for the epoch's offset.
+        count = max(0, len(self.tokens) // self.length - 1)
         if count < rows:
             raise InputError(
                 f"data: expected at least {rows} windows of {self.length} tokens, found {count}"
@@ -152,12 +158,18 @@ class Answers:
         }
 
 
-def load_answers(path: str, max_loop: float, heldout: float = 0.02) -> tuple[Answers, Answers]:
-    """Training and held-out answers of a file of ``train.regenerate``, without those that loop."""
+def load_answers(path: str, max_loop: float, heldout: float = HELDOUT) -> tuple[Answers, Answers]:
+    """Training and held-out answers of a file of ``train.regenerate``.
+
+    Answers that loop, or are shorter than 16 tokens, are left out.
+
+    Raises:
+      InputError: no such file, or not one of ``train.regenerate``.
+    """
     try:
         with np.load(path) as file:
             columns = [file[name] for name in ("tokens", "prompt_lengths", "lengths")]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(
             f"data.answers: expected a file of train.regenerate, found {path} ({error})"
         ) from error

@@ -17,6 +17,7 @@ import numpy as np
 from ctc_spec_jax import losses, recipes
 from ctc_spec_jax.decode import Loop, decode
 from ctc_spec_jax.draft.ctc import CTCDrafter, PrefixTree, ctc_config, published
+from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.decoder import output_head
 from ctc_spec_jax.types import NO_TOKEN
 from ctc_spec_jax.verify import Greedy
@@ -30,14 +31,19 @@ class DrafterObjective:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.lm, self.frozen, self.tokenizer = recipes.load_target(config.target)
-        self.answers, self.heldout = data.load_answers(config.data.answers, config.data.max_loop)
-        shape = config.drafter
+        self.answers, self.heldout = data.load_answers(
+            config.data.answers, config.data.max_loop, config.data.heldout
+        )
+        shape, last = config.drafter, self.lm.config.num_layers - 1
+        if any(not 0 <= tap <= last for tap in shape.taps):
+            raise InputError(f"drafter.taps: expected layers 0..{last}, found {list(shape.taps)}")
         if shape.preset == "published":
             network = published(self.lm.config)
         else:
             network = ctc_config(
                 self.lm.config, shape.layers, shape.frames, shape.taps, shape.mlp_width
             )
+        self.batch(0)  # too few answers fail here
         tree = PrefixTree(shape.tree_nodes, min(config.loss.labels, network.frames))
         self.drafter = CTCDrafter(network, tree)
         self.record = {
@@ -49,20 +55,27 @@ class DrafterObjective:
 
     def init(self, key):
         """Fresh float32 parameters, or those of ``drafter.init_from``. ``key`` is consumed."""
-        if self.config.drafter.init_from:
-            return recipes.load_drafter(self.config.drafter.init_from, self.lm)[1]
-        return self.drafter.init_params(key)
+        folder = self.config.drafter.init_from
+        if not folder:
+            return self.drafter.init_params(key)
+        before, params = recipes.load_drafter(folder, self.lm, self.tokenizer)
+        if before.config != self.drafter.config:
+            raise InputError(
+                f"drafter.init_from: expected a network of the shape in section drafter, "
+                f"found another in {folder}"
+            )
+        return params
 
     def batch(self, step: int):
         """Rows of one step: tokens int32 [B, T], prompt_lengths and lengths int32 [B]."""
         return self.answers.batch(self.config.run.seed, step, self.config.batch.rows)
 
-    def loss(self, params, frozen, batch, keys):
-        """Weighted objectives of one micro-batch. ``keys`` [B] draw the anchors and are consumed."""
+    def loss(self, params, frozen, batch, key):
+        """Weighted objectives of one micro-batch. ``key`` draws the anchors and is consumed."""
         weights = self.config.loss
         tokens = batch["tokens"]
         anchors, labels, label_lengths = sample_anchors(
-            keys, batch, self.config.batch.anchors, weights.labels
+            key, batch, self.config.batch.anchors, weights.labels
         )
         _, taps, _ = self.lm.hidden(frozen, tokens, batch["lengths"], self.drafter.taps)
         pending = frozen["embedding"][jnp.take_along_axis(tokens, anchors, axis=1)]
@@ -78,7 +91,7 @@ class DrafterObjective:
             params["blank_bias"],
         )
         decay = weights.decay ** jnp.arange(weights.labels, dtype=jnp.float32)
-        return losses.draft_loss(
+        loss, values = losses.draft_loss(
             blank,
             label,
             labels.reshape(-1, weights.labels),
@@ -90,6 +103,7 @@ class DrafterObjective:
             },
             decay / jnp.sum(decay),
         )
+        return loss, {"loss": loss} | values
 
     def evaluate(self, params) -> dict[str, float]:
         """Held-out objectives, and the accepted length of the real decoder.
@@ -100,20 +114,20 @@ class DrafterObjective:
         options = self.config.evaluation
         rows = np.arange(min(options.rows, len(self.heldout.tokens)))
         metrics = self._heldout_metrics(
-            params, self.frozen, self.heldout.take(rows), jax.random.split(jax.random.key(0), len(rows))
+            params, self.frozen, self.heldout.take(rows), jax.random.key(0)
         )
         result = {f"heldout_{name}": float(value) for name, value in metrics.items()}
         return result | self._decode_heldout(params)
 
     def export(self, params, folder: str, record: dict) -> None:
-        """Write config.json and model.safetensors of the drafter and ``training.json``."""
+        """Write config.json and model.safetensors of the drafter, and ``training.json``."""
         recipes.save_drafter(
             folder,
             self.drafter,
             params,
             target=self.config.target,
             tokenizer=self.tokenizer,
-            training=record | self.record,
+            training=record,
         )
 
     def _loop(self) -> Loop:
@@ -145,11 +159,11 @@ class DrafterObjective:
         return {"accepted_length": float(counts[fine].sum() / rounds[fine].sum())}
 
 
-def sample_anchors(keys, batch, num_anchors: int, num_labels: int):
+def sample_anchors(key, batch, num_anchors: int, num_labels: int):
     """Draw one anchor from each of A equal parts of every answer.
 
     An anchor is the position of a pending token: the prompt's last token or an answer token that
-    has a successor. ``keys`` [B] are consumed.
+    has a successor. ``key`` is consumed.
 
     Returns:
       anchors int32 [B, A], labels int32 [B, A, K] (the tokens after the anchor), and the number
@@ -158,13 +172,10 @@ def sample_anchors(keys, batch, num_anchors: int, num_labels: int):
     tokens, first = batch["tokens"], batch["prompt_lengths"] - 1
     room = batch["lengths"] - 1 - first  # anchors to choose from
     part = jnp.arange(num_anchors, dtype=jnp.float32)[None]
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (num_anchors,)))(keys)
-    place = (part + uniform) / num_anchors
+    place = (part + jax.random.uniform(key, (tokens.shape[0], num_anchors))) / num_anchors
     offset = jnp.floor(place * room[:, None].astype(jnp.float32)).astype(jnp.int32)
     anchors = first[:, None] + jnp.minimum(offset, room[:, None] - 1)
     ahead = anchors[..., None] + 1 + jnp.arange(num_labels, dtype=jnp.int32)[None, None]
-    labels = jnp.take_along_axis(
-        tokens[:, None], jnp.minimum(ahead, tokens.shape[1] - 1), axis=2
-    )
+    labels = jnp.take_along_axis(tokens[:, None], jnp.minimum(ahead, tokens.shape[1] - 1), axis=2)
     count = jnp.minimum(batch["lengths"][:, None] - 1 - anchors, num_labels)
     return anchors, labels, jnp.maximum(count, 0)

@@ -27,6 +27,11 @@ from train import data
 
 def cut_prompts(tokens, count: int, shortest: int, longest: int, seed: int):
     """Prompts int32 [count, longest], right-padded, with their lengths, from random places."""
+    if not 1 <= shortest <= longest < len(tokens):
+        raise InputError(
+            f"--prompt-lengths: expected 1 <= shortest <= longest < {len(tokens)} (the text), "
+            f"found {shortest} and {longest}"
+        )
     draw = np.random.default_rng(seed)
     lengths = draw.integers(shortest, longest + 1, count).astype(np.int32)
     starts = draw.integers(0, len(tokens) - longest, count)
@@ -61,7 +66,9 @@ def main() -> None:
     parser.add_argument("--target", required=True, help="folder of the target")
     parser.add_argument("--out", required=True, help="file to write, .npz")
     parser.add_argument("--sources", nargs="+", default=["stdlib"], help="packages with prompts")
-    parser.add_argument("--heldout", type=float, default=0.02, help="share of files left out")
+    parser.add_argument(
+        "--heldout", type=float, default=data.HELDOUT, help="share of files left out"
+    )
     parser.add_argument("--max-bytes", type=int, default=0, help="read at most that much text")
     parser.add_argument("--count", type=int, default=4096, help="number of prompts")
     parser.add_argument("--rows", type=int, default=64, help="prompts decoded at a time")
@@ -69,7 +76,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if arguments.count % arguments.rows:
+    if arguments.rows < 1 or arguments.count < 1 or arguments.count % arguments.rows:
         raise InputError(
             f"--count: expected a multiple of --rows ({arguments.rows}), found {arguments.count}"
         )

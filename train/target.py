@@ -9,7 +9,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from ctc_spec_jax import losses
+from ctc_spec_jax import losses, recipes
+from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM, output_logits
@@ -27,29 +28,19 @@ class TargetObjective:
         texts, heldout = data.corpus(
             config.data.sources, config.data.heldout, config.data.max_bytes
         )
-        self.tokenizer = data.train_tokenizer(texts, config.data.vocab_size)
+        self.tokenizer = _tokenizer(config, texts)
         train, held = (data.tokenize(self.tokenizer, part) for part in (texts, heldout))
         self.windows = data.Windows(train, config.batch.length)
         self.heldout = data.Windows(held, config.batch.length)
+        # Too little text fails here and not at the first evaluation.
+        self.batch(0)
+        self.heldout.batch(0, 0, config.batch.microbatch)
         self.record = {
             "train_bytes": sum(len(text.encode()) for text in texts),
             "train_tokens": len(train),
             "heldout_tokens": len(held),
         }
-        model = config.model
-        self.lm = DecoderLM(
-            DecoderConfig(
-                vocab_size=config.data.vocab_size,
-                width=model.width,
-                num_layers=model.layers,
-                num_heads=model.heads,
-                num_kv_heads=model.kv_heads,
-                head_width=model.width // model.heads,
-                mlp_width=model.mlp_width,
-                rope_theta=model.rope_theta,
-                tied_embeddings=True,
-            )
-        )
+        self.lm = DecoderLM(_shape(config))
         self._heldout_loss = jax.jit(self._mean_loss)
 
     def init(self, key):
@@ -60,14 +51,14 @@ class TargetObjective:
         """int32 [B, T] windows of one step."""
         return self.windows.batch(self.config.run.seed, step, self.config.batch.rows)
 
-    def loss(self, params, frozen, tokens, keys):
+    def loss(self, params, frozen, tokens, key):
         """Mean next-token loss in nats of one micro-batch, and its metrics."""
-        del frozen, keys
+        del frozen, key
         loss = self._mean_loss(params, tokens)
         return loss, {"loss": loss}
 
     def evaluate(self, params) -> dict[str, float]:
-        """Held-out loss in nats per token and bits per byte-pair token."""
+        """Held-out loss in nats per token, and the perplexity."""
         rows = self.config.batch.microbatch
         steps = max(1, self.config.evaluation.rows // rows)
         total = sum(
@@ -91,7 +82,7 @@ class TargetObjective:
             },
         )
         self.tokenizer.save_pretrained(folder)
-        text = json.dumps(record | self.record, indent=1) + "\n"
+        text = json.dumps(record, indent=1) + "\n"
         (pathlib.Path(folder) / "training.json").write_text(text)
 
     def _mean_loss(self, params, tokens):
@@ -99,3 +90,33 @@ class TargetObjective:
         hidden, _, _ = self.lm.hidden(params, tokens, lengths)
         logits = output_logits(params, hidden[:, :-1])
         return losses.cross_entropy(logits, tokens[:, 1:], jnp.ones_like(tokens[:, 1:], bool))
+
+
+def _tokenizer(config: TrainConfig, texts: list[str]):
+    if not config.data.tokenizer:
+        return data.train_tokenizer(texts, config.data.vocab_size)
+    tokenizer = recipes.load_tokenizer(config.data.tokenizer)
+    if len(tokenizer) > config.data.vocab_size:
+        raise InputError(
+            f"data.vocab_size: expected at least {len(tokenizer)}, the tokens of "
+            f"{config.data.tokenizer}, found {config.data.vocab_size}"
+        )
+    return tokenizer
+
+
+def _shape(config: TrainConfig) -> DecoderConfig:
+    model = config.model
+    try:
+        return DecoderConfig(
+            vocab_size=config.data.vocab_size,
+            width=model.width,
+            num_layers=model.layers,
+            num_heads=model.heads,
+            num_kv_heads=model.kv_heads,
+            head_width=model.width // model.heads,
+            mlp_width=model.mlp_width,
+            rope_theta=model.rope_theta,
+            tied_embeddings=True,
+        )
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error

@@ -136,13 +136,13 @@ class CTCNetwork(nn.Module):
         return layers.rms_norm(projected, self.context_norm, eps)
 
     def context_kv(self, features, positions):
-        """Keys and values of every layer from features [B, T, D]: pairs of [B, K, T, C]."""
+        """Keys and values of every layer from features [B, T, D]: pairs as in ``kv_cache``."""
         angles = self._angles(positions)
 
         def one(layer):
             both = layers.linear(features, layer["context_kv"])  # [B, T, K, 2, C]
             key = layers.rotate(both[..., 0, :], angles)
-            return jnp.swapaxes(key, 1, 2), jnp.swapaxes(both[..., 1, :], 1, 2)
+            return kv_cache.from_heads(key, both[..., 1, :])
 
         return tuple(one(layer) for layer in self.layers)
 
@@ -152,7 +152,7 @@ class CTCNetwork(nn.Module):
         Args:
           pending: embeddings [B, A, D] of the token at each anchor.
           newest: features [B, A, D] of the position before it.
-          context: keys and values of every layer, pairs of [B, K, S, C].
+          context: keys and values of every layer, pairs as in ``kv_cache``.
           anchors: int32 [B, A], position of the pending token; only slots before it are seen.
 
         Returns:
@@ -173,7 +173,7 @@ class CTCNetwork(nn.Module):
         frame = jnp.tile(jnp.arange(c.frames, dtype=jnp.int32), num_anchors)
         limit = jnp.take(anchors, owner, axis=1)  # [B, A*F]
         angles = self._angles(limit + frame[None])
-        slots = jnp.arange(context[0][0].shape[2], dtype=jnp.int32)
+        slots = jnp.arange(kv_cache.num_slots(context), dtype=jnp.int32)
         past_mask = slots[None, None] < limit[..., None]
         block = jnp.broadcast_to((owner[:, None] == owner[None])[None], (batch, *2 * owner.shape))
         for layer, past in zip(self.layers, context, strict=True):
@@ -197,7 +197,7 @@ class CTCNetwork(nn.Module):
         fused = layers.linear(layers.rms_norm(x, layer["attention_norm"], c.norm_eps), layer["qkv"])
         query = layers.rotate(fused[..., :group, :], angles)
         key = layers.rotate(fused[..., group, :], angles)
-        new = (jnp.swapaxes(key, 1, 2), jnp.swapaxes(fused[..., group + 1, :], 1, 2))
+        new = kv_cache.from_heads(key, fused[..., group + 1, :])
         mixed = layers.attend(query, new, block, past, past_mask)
         x = x + layers.linear(mixed.reshape(*mixed.shape[:2], -1), layer["output"])
         h = layers.rms_norm(x, layer["mlp_norm"], c.norm_eps)

@@ -30,7 +30,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x, angles, new_mask, past, past_mask):
-        """x [B, N, D] -> ([B, N, D], (k, v) each [B, K, N, C])."""
+        """x [B, N, D] -> ([B, N, D], (k, v) as in ``kv_cache``)."""
         c = self.config
         kv, group, head = c.num_kv_heads, c.group, c.head_width
         # Residual branches start small so that depth does not blow up the variance.
@@ -50,7 +50,7 @@ class DecoderLayer(nn.Module):
                 key, self.param("k_norm", nn.initializers.ones, (head,)), c.norm_eps
             )
         query, key = layers.rotate(query, angles), layers.rotate(key, angles)
-        new = (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+        new = kv_cache.from_heads(key, value)
         mixed = layers.attend(query, new, new_mask, past, past_mask)
         output = self.param("output", residual, (c.num_heads * head, c.width))
         x = x + layers.linear(
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
           tokens: int32 [B, N].
           positions: int32 [B, N].
           mask: bool [B, N, N], which new rows a new row attends to.
-          past: cache, tuple of pairs [B, K, S, C], or None.
+          past: cache of S slots, or None; see ``kv_cache``.
           length: int32 [B], slots of ``past`` in use.
           taps: layers whose outputs are returned (the residual stream after that layer).
 
@@ -119,7 +119,7 @@ def _masks(mask, positions, past, length, window: int):
     new_mask = layers.within_window(mask, positions, positions, window)
     if past is None:
         return new_mask, None
-    slots = jnp.arange(past[0][0].shape[2], dtype=jnp.int32)[None]
+    slots = jnp.arange(kv_cache.num_slots(past), dtype=jnp.int32)[None]
     past_mask = jnp.broadcast_to(
         (slots < length[:, None])[:, None], (*positions.shape, slots.shape[1])
     )

@@ -1,8 +1,9 @@
 """Key-value cache: committed tokens only, one length per row.
 
-A cache is a tuple over layers of ``(k, v)``, each [B, K, S, C]; slot s holds position s. Slots at
-or past a row's length hold garbage that no mask lets through. Per-layer arrays, because slices of
-one stacked array would be copied on every step.
+A cache is a tuple over layers of ``(k, v)``: keys [B, K, C, S], values [B, K, S, C]; slot s holds
+position s. In these layouts both attention products read the cache as it lies; any other one is
+transposed in every step. Slots at or past a row's length hold garbage that no mask lets through.
+Per-layer arrays, because slices of one stacked array would be copied on every step.
 """
 
 from __future__ import annotations
@@ -14,13 +15,29 @@ UNROLLED_ROWS = 8
 """Up to this batch size rows are written one by one."""
 
 
+_SLOTS = (3, 2)
+"""The slot axis of keys and of values."""
+
+
+def from_heads(key, value):
+    """Keys and values [B, N, K, C] in the layouts of the cache: [B, K, C, N] and [B, K, N, C]."""
+    return jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
+
+
+def num_slots(cache) -> int:
+    """S of a cache."""
+    return cache[0][0].shape[_SLOTS[0]]
+
+
 def fill(kv, num_slots: int):
-    """Cache of ``num_slots`` slots whose first T slots are ``kv`` (pairs of [B, K, T, C])."""
+    """Cache of ``num_slots`` slots whose first T slots are those of ``kv``."""
 
-    def pad(rows):
-        return jnp.pad(rows, ((0, 0), (0, 0), (0, num_slots - rows.shape[2]), (0, 0)))
+    def pad(rows, axis):
+        widths = [(0, 0)] * rows.ndim
+        widths[axis] = (0, num_slots - rows.shape[axis])
+        return jnp.pad(rows, widths)
 
-    return jax.tree.map(pad, kv)
+    return tuple((pad(k, _SLOTS[0]), pad(v, _SLOTS[1])) for k, v in kv)
 
 
 def commit(cache, kv, path, length):
@@ -30,24 +47,29 @@ def commit(cache, kv, path, length):
     ``dynamic_update_slice`` clamps its start, so S must be at least ``length + M + 1``.
 
     Args:
-      cache: tuple of pairs [B, K, S, C].
-      kv: tuple of pairs [B, K, N, C], the new rows.
+      cache: of S slots.
+      kv: the same of N new rows.
       path: int32 [B, M+1], node per depth.
       length: int32 [B].
     """
 
-    def write(slots, rows):
-        rows = jnp.take_along_axis(rows, path[:, None, :, None], axis=2).astype(slots.dtype)
+    def write(slots, rows, axis):
+        index = jnp.expand_dims(path, tuple({1, 2, 3} - {axis}))
+        rows = jnp.take_along_axis(rows, index, axis=axis).astype(slots.dtype)
         if slots.shape[0] > UNROLLED_ROWS:
-            return jax.vmap(_write_row)(slots, rows, length)
+            return jax.vmap(lambda s, r, n: _write_row(s, r, n, axis - 1))(slots, rows, length)
         # vmap of the update is a scatter, which XLA runs as a loop over its rows on CPU.
         for b in range(slots.shape[0]):
-            start = (b, 0, length[b], 0)
+            start = [b, 0, 0, 0]
+            start[axis] = length[b]
             slots = jax.lax.dynamic_update_slice(slots, rows[b : b + 1], start)
         return slots
 
-    return jax.tree.map(write, cache, kv)
+    return tuple(
+        (write(k, new_k, _SLOTS[0]), write(v, new_v, _SLOTS[1]))
+        for (k, v), (new_k, new_v) in zip(cache, kv, strict=True)
+    )
 
 
-def _write_row(slots, rows, length):
-    return jax.lax.dynamic_update_slice(slots, rows, (0, length, 0))
+def _write_row(slots, rows, length, axis: int):
+    return jax.lax.dynamic_update_slice_in_dim(slots, rows, length, axis)

@@ -75,44 +75,46 @@ def attend(query, new, new_mask, past=None, past_mask=None):
 
     Args:
       query: [B, N, K, G, C].
-      new: keys and values of the new rows, each [B, K, N, C].
+      new: keys [B, K, C, N] and values [B, K, N, C] of the new rows.
       new_mask: bool [B, N, N], row attends to column.
-      past: cached keys and values, each [B, K, S, C], or None.
+      past: cached keys [B, K, C, S] and values [B, K, S, C], or None.
       past_mask: bool [B, N, S].
 
     Returns:
       [B, N, K, G, C] in the query's dtype.
     """
-    query = query * (query.shape[-1] ** -0.5)
+    batch, rows, kv_heads, group, head = query.shape
+    query = jnp.transpose(query * (head**-0.5), (0, 2, 3, 1, 4))  # [B, K, G, N, C]
+    query = query.reshape(batch, kv_heads, group * rows, head)
     blocks = [(new, new_mask)] if past is None else [(past, past_mask), (new, new_mask)]
-    scores = [
-        jnp.where(
-            mask[:, None, None],
-            jnp.einsum("bnkgc,bksc->bkgns", query, kv[0], preferred_element_type=jnp.float32),
-            MASKED,
-        )
-        for kv, mask in blocks
-    ]
+    scores = []
+    for (keys, _), mask in blocks:
+        score = _batched(query, keys).reshape(batch, kv_heads, group, rows, -1)
+        scores.append(jnp.where(mask[:, None, None], score, MASKED))
     # Softmax does not depend on the shift, so no gradient flows through the maximum.
     peak = jax.lax.stop_gradient(
         _join(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scores])
     )
     weights = [jnp.exp(s - peak) for s in scores]
-    total = _join(jnp.add, [jnp.sum(w, axis=-1) for w in weights])
+    total = _join(jnp.add, [jnp.sum(w, axis=-1, keepdims=True) for w in weights])
     mixed = _join(
         jnp.add,
         [
-            jnp.einsum(
-                "bkgns,bksc->bnkgc",
-                weight.astype(query.dtype),
-                kv[1],
-                preferred_element_type=jnp.float32,
-            )
-            for weight, (kv, _) in zip(weights, blocks, strict=True)
+            _batched(w.reshape(batch, kv_heads, group * rows, -1).astype(query.dtype), values)
+            for w, ((_, values), _) in zip(weights, blocks, strict=True)
         ],
     )
-    total = jnp.transpose(total, (0, 3, 1, 2))[..., None]  # [B, N, K, G, 1]
-    return (mixed / total).astype(query.dtype)
+    mixed = mixed.reshape(batch, kv_heads, group, rows, head) / total
+    return jnp.transpose(mixed, (0, 3, 1, 2, 4)).astype(query.dtype)
+
+
+def _batched(x, y):
+    """``x [B, K, X, Y] @ y [B, K, Y, Z]`` in float32.
+
+    Spelled out: einsum may swap the operands, and the cache would be transposed in every step.
+    """
+    dimensions = (((3,), (2,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
 def _join(function, parts):

@@ -187,7 +187,7 @@ def counted_template(counts: Sequence[int] = PUBLISHED_COUNTS, top_k: int = 10) 
 
 
 def top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Exact top-k of the last axis, faster than ``lax.top_k`` when that axis is a vocabulary.
+    """Exact top-k of every row, faster than ``lax.top_k`` when a row is a vocabulary.
 
     Entry i belongs to block ``i % blocks``. The k blocks with the largest maxima contain the
     top k, so only they are searched. The first stage is an elementwise maximum over rows of
@@ -195,35 +195,32 @@ def top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     searches are short.
 
     Args:
-        scores: float [..., n].
+        scores: float [F, n].
         k: at most n.
 
     Returns:
-        values float [..., k], falling, and indices int32 [..., k]. The values are those of
+        values float [F, k], falling, and indices int32 [F, k]. The values are those of
         ``lax.top_k``; among equal scores any may be returned.
 
     Raises:
         ValueError: if ``k`` is not in 1..n.
     """
-    n = scores.shape[-1]
+    rows, n = scores.shape
     if not 1 <= k <= n:
         raise ValueError(f"k: expected 1 to {n}, got {k}")
     blocks = 2 ** round(math.log2(math.sqrt(n * k)))
-    full_rows = n // blocks
-    if full_rows < 8:
+    full = n // blocks
+    if full < 8:
         return lax.top_k(scores, k)
-    body = scores[..., : full_rows * blocks].reshape(*scores.shape[:-1], full_rows, blocks)
-    best = jnp.max(body, axis=-2)
-    tail = n - full_rows * blocks
+    best = jnp.max(scores[:, : full * blocks].reshape(rows, full, blocks), axis=1)
+    tail = n - full * blocks
     if tail:
-        widths = [(0, 0)] * (scores.ndim - 1) + [(0, blocks - tail)]
-        padded = jnp.pad(scores[..., -tail:], widths, constant_values=-jnp.inf)
+        padded = jnp.pad(scores[:, -tail:], ((0, 0), (0, blocks - tail)), constant_values=-jnp.inf)
         best = jnp.maximum(best, padded)
-    _, block = lax.top_k(best, k)  # [..., k]
-    row = jnp.arange(full_rows + bool(tail), dtype=jnp.int32)
-    index = row[:, None] * blocks + block[..., None, :]  # [..., rows, k]
-    index = index.reshape(*block.shape[:-1], -1)
-    # Slots past the end lie in the last row, so no real entry loses a tie against them.
-    found = jnp.take_along_axis(scores, jnp.minimum(index, n - 1), axis=-1)
+    _, block = lax.top_k(best, k)  # [F, k]
+    start = jnp.arange(full + bool(tail), dtype=jnp.int32) * blocks
+    index = (start[None, :, None] + block[:, None, :]).reshape(rows, -1)
+    # Slots past the end come last, so no real entry loses a tie against them.
+    found = jnp.take_along_axis(scores, jnp.minimum(index, n - 1), axis=1)
     values, at = lax.top_k(jnp.where(index < n, found, -jnp.inf), k)
-    return values, jnp.take_along_axis(index, at, axis=-1)
+    return values, jnp.take_along_axis(index, at, axis=1)

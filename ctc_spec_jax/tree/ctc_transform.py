@@ -45,9 +45,9 @@ def transform_tree(
     and copies) become invalid, and their children move to the node that stayed. So depth along
     the new parents is the number of kept tokens. Example, ``_`` blank, root ``r``::
 
-        r - a - a - b        r - a - b        the second a is a repeat of the first
-          - _ - a - c    ->        - c        the third a spells the same text as the first
-          - a - _ - a    ->    a - a          a blank between equal tokens keeps both
+        r - a - a - b         r - a - b    the second a repeats the first
+              - _ - a    ->         - a    a blank between equal tokens keeps both
+          - _ - a - c               - c    the blank goes; its a is a copy of the first
 
     Symbols are compared frame by frame, before blanks are deleted. The pending token belongs to
     no frame and is never compared.
