@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctc_spec_jax import demo, recipes
+from ctc_spec_jax import demo, recipes, xla
 from ctc_spec_jax.decode import Loop, NoDraft, advance, decode, start
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.decoder import DecoderLM
@@ -106,7 +106,7 @@ class Engine:
             batch = prompt_tokens.shape[0]
             budget = jnp.full((batch,), max_new_tokens, jnp.int32)
             stops = jnp.tile(jnp.asarray(end, jnp.int32)[None], (batch, 1))
-            return _decode(
+            return _jitted(decode)(
                 loop, params, draft_params, prompt_tokens, prompt_lengths, key, budget, stops
             )
 
@@ -140,7 +140,7 @@ class Engine:
         loop = self._loop(max_new_tokens)
         budget = np.full((1,), max_new_tokens, np.int32)
         stops = np.asarray([self._stops()], np.int32)
-        state = _start(
+        state = _jitted(start)(
             loop,
             self.params,
             self.draft_params,
@@ -152,7 +152,9 @@ class Engine:
         )
         first, shown, running = int(lengths[0]), "", True
         while running:
-            state = _advance(loop, self.params, self.draft_params, state, np.int32(rounds))
+            state = _jitted(advance, 3)(
+                loop, self.params, self.draft_params, state, np.int32(rounds)
+            )
             running = int(state.finish[0]) == 0
             new = np.asarray(state.tokens)[0, first : int(state.length[0]) + 1]
             text = self.decode_text(new)
@@ -225,6 +227,12 @@ class Engine:
             )
 
 
-_decode = jax.jit(decode, static_argnums=0)
-_start = jax.jit(start, static_argnums=0)
-_advance = functools.partial(jax.jit, static_argnums=0, donate_argnums=3)(advance)
+@functools.cache
+def _jitted(function: Callable, *donated: int):
+    """The jitted function with the device's compiler options; the loop (argument 0) is static."""
+    return jax.jit(
+        function,
+        static_argnums=0,
+        donate_argnums=donated,
+        compiler_options=xla.decode_options(),
+    )

@@ -1,6 +1,6 @@
 """Everything that must pass before a change is kept: lint, format, types, tests.
 
-    python -m tests [arguments for pytest]
+python -m tests [arguments for pytest]
 """
 
 import pathlib

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from typing import Any
 
@@ -62,8 +61,8 @@ class Data:
     are read, at most ``max_bytes`` of them unless 0, each file held out with probability
     ``heldout`` by a hash of its relative path. A target trains its own tokenizer of ``vocab_size``
     tokens, or takes the one in the folder ``tokenizer``.
-    ``answers`` is a file of ``train.regenerate`` for the drafter; answers whose share of repeated
-    8-token groups exceeds ``max_loop`` are left out.
+    ``answers`` are files of ``train.regenerate`` for the drafter; each answer is cut where its share of
+    repeated 8-token groups passes ``max_loop``.
     """
 
     sources: tuple[str, ...] = ("stdlib",)
@@ -71,7 +70,7 @@ class Data:
     heldout: float = 0.02
     tokenizer: str = ""
     vocab_size: int = 4096
-    answers: str = ""
+    answers: tuple[str, ...] = ()
     max_loop: float = 0.4
 
 
@@ -210,7 +209,7 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The resolved configuration as plain YAML types; ``load_config`` reads it back unchanged."""
 
-    def plain(value):
+    def plain(value) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return list(value) if isinstance(value, tuple) else value
@@ -247,7 +246,7 @@ def _build(cls, tree: dict[str, Any], prefix: str):
     return cls(**values)
 
 
-def _coerce(value, hint, name: str):
+def _coerce(value, hint: Any, name: str):
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         if not isinstance(value, list | tuple):
@@ -261,7 +260,6 @@ def _coerce(value, hint, name: str):
             pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    expected = hint.__origin__ if isinstance(hint, types.GenericAlias) else hint
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise InputError(f"config key {name}: expected {expected.__name__}, found {value!r}")
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(f"config key {name}: expected {hint.__name__}, found {value!r}")
     return value

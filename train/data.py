@@ -158,36 +158,66 @@ class Answers:
         }
 
 
-def load_answers(path: str, max_loop: float, heldout: float = HELDOUT) -> tuple[Answers, Answers]:
-    """Training and held-out answers of a file of ``train.regenerate``.
+def load_answers(
+    paths: tuple[str, ...], max_loop: float, heldout: float = HELDOUT
+) -> tuple[Answers, Answers]:
+    """Training and held-out answers of files of ``train.regenerate``.
 
-    Answers that loop, or are shorter than 16 tokens, are left out.
+    Every answer is cut where it begins to loop (see ``before_loop``); those of which less than 16
+    tokens remain are left out.
 
     Raises:
       InputError: no such file, or not one of ``train.regenerate``.
     """
-    try:
-        with np.load(path) as file:
-            columns = [file[name] for name in ("tokens", "prompt_lengths", "lengths")]
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"data.answers: expected a file of train.regenerate, found {path} ({error})"
-        ) from error
-    tokens, prompts, lengths = columns
-    loops = np.array(
-        [loop_share(row[p:n]) for row, p, n in zip(tokens, prompts, lengths, strict=True)]
+    if not paths:
+        raise InputError("data.answers: expected files of train.regenerate, found none")
+    parts = [_read_answers(path) for path in paths]
+    width = max(part[0].shape[1] for part in parts)
+    tokens = np.concatenate(
+        [np.pad(part[0], ((0, 0), (0, width - part[0].shape[1]))) for part in parts]
     )
-    keep = np.flatnonzero((loops <= max_loop) & (lengths - prompts >= 16))
+    prompts, lengths = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
+    fresh = [
+        before_loop(row[p:n], max_loop) for row, p, n in zip(tokens, prompts, lengths, strict=True)
+    ]
+    lengths = prompts + np.asarray(fresh, np.int32)
+    # Files follow each other, so a fixed order would hold out answers of the first one alone.
+    keep = np.random.default_rng(0).permutation(np.flatnonzero(lengths - prompts >= 16))
     split = max(1, int(len(keep) * heldout))
     parts = (keep[split:], keep[:split])
     train, held = (Answers(tokens[i], prompts[i], lengths[i]) for i in parts)
     return train, held
 
 
+def _read_answers(path: str) -> list[np.ndarray]:
+    try:
+        with np.load(path) as file:
+            return [file[name] for name in ("tokens", "prompt_lengths", "lengths")]
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"data.answers: expected a file of train.regenerate, found {path} ({error})"
+        ) from error
+
+
 def loop_share(tokens, group: int = 8) -> float:
     """Share of the 8-token groups of an answer that occurred earlier in it; above 0.4 it loops."""
+    repeats = _repeats(tokens, group)
+    return float(np.mean(repeats)) if len(repeats) else 0.0
+
+
+def before_loop(tokens, max_loop: float, group: int = 8) -> int:
+    """Length of the longest beginning of an answer whose ``loop_share`` is at most ``max_loop``."""
+    repeats = _repeats(tokens, group)
+    shares = np.cumsum(repeats) / np.arange(1, len(repeats) + 1)
+    fine = np.flatnonzero(shares <= max_loop)
+    return min(len(tokens), group - 1) if not len(fine) else int(fine[-1]) + group
+
+
+def _repeats(tokens, group: int) -> np.ndarray:
+    """Whether the group that starts at each place occurred earlier; bool, one per group."""
     tokens = np.asarray(tokens)
-    if len(tokens) <= group:
-        return 0.0
+    if len(tokens) < group:
+        return np.zeros((0,), bool)
     groups = np.lib.stride_tricks.sliding_window_view(tokens, group)
-    return 1.0 - len(np.unique(groups, axis=0)) / len(groups)
+    _, first, inverse = np.unique(groups, axis=0, return_index=True, return_inverse=True)
+    return first[inverse.reshape(-1)] < np.arange(len(groups))

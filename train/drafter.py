@@ -70,12 +70,12 @@ class DrafterObjective:
         """Rows of one step: tokens int32 [B, T], prompt_lengths and lengths int32 [B]."""
         return self.answers.batch(self.config.run.seed, step, self.config.batch.rows)
 
-    def loss(self, params, frozen, batch, key):
-        """Weighted objectives of one micro-batch. ``key`` draws the anchors and is consumed."""
+    def loss(self, params, frozen, batch, keys):
+        """Weighted objectives of one micro-batch. ``keys`` [B] draw the anchors."""
         weights = self.config.loss
         tokens = batch["tokens"]
         anchors, labels, label_lengths = sample_anchors(
-            key, batch, self.config.batch.anchors, weights.labels
+            keys, batch, self.config.batch.anchors, weights.labels
         )
         _, taps, _ = self.lm.hidden(frozen, tokens, batch["lengths"], self.drafter.taps)
         pending = frozen["embedding"][jnp.take_along_axis(tokens, anchors, axis=1)]
@@ -113,9 +113,8 @@ class DrafterObjective:
         """
         options = self.config.evaluation
         rows = np.arange(min(options.rows, len(self.heldout.tokens)))
-        metrics = self._heldout_metrics(
-            params, self.frozen, self.heldout.take(rows), jax.random.key(0)
-        )
+        keys = jax.random.split(jax.random.key(0), len(rows))
+        metrics = self._heldout_metrics(params, self.frozen, self.heldout.take(rows), keys)
         result = {f"heldout_{name}": float(value) for name, value in metrics.items()}
         return result | self._decode_heldout(params)
 
@@ -159,11 +158,11 @@ class DrafterObjective:
         return {"accepted_length": float(counts[fine].sum() / rounds[fine].sum())}
 
 
-def sample_anchors(key, batch, num_anchors: int, num_labels: int):
+def sample_anchors(keys, batch, num_anchors: int, num_labels: int):
     """Draw one anchor from each of A equal parts of every answer.
 
     An anchor is the position of a pending token: the prompt's last token or an answer token that
-    has a successor. ``key`` is consumed.
+    has a successor. ``keys`` [B] are consumed.
 
     Returns:
       anchors int32 [B, A], labels int32 [B, A, K] (the tokens after the anchor), and the number
@@ -172,7 +171,8 @@ def sample_anchors(key, batch, num_anchors: int, num_labels: int):
     tokens, first = batch["tokens"], batch["prompt_lengths"] - 1
     room = batch["lengths"] - 1 - first  # anchors to choose from
     part = jnp.arange(num_anchors, dtype=jnp.float32)[None]
-    place = (part + jax.random.uniform(key, (tokens.shape[0], num_anchors))) / num_anchors
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (num_anchors,)))(keys)
+    place = (part + uniform) / num_anchors
     offset = jnp.floor(place * room[:, None].astype(jnp.float32)).astype(jnp.int32)
     anchors = first[:, None] + jnp.minimum(offset, room[:, None] - 1)
     ahead = anchors[..., None] + 1 + jnp.arange(num_labels, dtype=jnp.int32)[None, None]

@@ -62,7 +62,7 @@ def answer(lm, params, prompts, lengths, new_tokens: int, rows: int):
 @exit_on_bad_input
 def main() -> None:
     """Entry point of ``python -m train.regenerate``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", required=True, help="folder of the target")
     parser.add_argument("--out", required=True, help="file to write, .npz")
     parser.add_argument("--sources", nargs="+", default=["stdlib"], help="packages with prompts")
@@ -87,9 +87,8 @@ def main() -> None:
     lm, params, tokenizer = recipes.load_target(arguments.target)
     texts, _ = data.corpus(tuple(arguments.sources), arguments.heldout, arguments.max_bytes)
     tokens = data.tokenize(tokenizer, texts)
-    prompts, lengths = cut_prompts(
-        tokens, arguments.count, *arguments.prompt_lengths, arguments.seed
-    )
+    shortest, longest = arguments.prompt_lengths
+    prompts, lengths = cut_prompts(tokens, arguments.count, shortest, longest, arguments.seed)
     whole, ends = answer(lm, params, prompts, lengths, arguments.new_tokens, arguments.rows)
     part = out.with_name(f".{out.name}.part.npz")
     np.savez(part, tokens=whole, prompt_lengths=lengths, lengths=ends)

@@ -51,9 +51,9 @@ class TargetObjective:
         """int32 [B, T] windows of one step."""
         return self.windows.batch(self.config.run.seed, step, self.config.batch.rows)
 
-    def loss(self, params, frozen, tokens, key):
+    def loss(self, params, frozen, tokens, keys):
         """Mean next-token loss in nats of one micro-batch, and its metrics."""
-        del frozen, key
+        del frozen, keys
         loss = self._mean_loss(params, tokens)
         return loss, {"loss": loss}
 

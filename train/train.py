@@ -54,28 +54,39 @@ def optimizer(config: Optim, steps: int) -> optax.GradientTransformation:
     )
 
 
-def make_step(objective, update: optax.GradientTransformation, microbatches: int):
-    """The jitted training step: ``(state, frozen, batch, key) -> (state, metrics)``.
+def make_step(objective, update: optax.GradientTransformation, mesh: jax.sharding.Mesh):
+    """The jitted training step: ``(state, frozen, batch, keys) -> (state, metrics)``.
 
-    ``batch`` leaves are [microbatches, rows, ...]; gradients are averaged over micro-batches on
-    the device. ``state`` is donated.
+    ``batch`` leaves are [microbatches, rows, ...] and ``keys`` [microbatches, rows]; the rows are
+    split over the devices. Every device averages its gradients over its micro-batches, and they
+    meet in one sum per step. ``state`` is donated.
     """
 
-    def train_step(state, frozen, batch, key):
+    def accumulate(params, frozen, batch, keys):
         def one(carry, inputs):
-            index, part = inputs
-            part_key = jax.random.fold_in(key, index)
             gradient = jax.value_and_grad(objective.loss, has_aux=True)
-            (_, metrics), grads = gradient(state["params"], frozen, part, part_key)
+            (_, metrics), grads = gradient(params, frozen, *inputs)
             return jax.tree.map(jnp.add, carry, grads), metrics
 
-        zeros = jax.tree.map(jnp.zeros_like, state["params"])
-        index = jnp.arange(microbatches, dtype=jnp.int32)
-        grads, metrics = jax.lax.scan(one, zeros, (index, batch))
-        grads = jax.tree.map(lambda g: g / microbatches, grads)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, metrics = jax.lax.scan(one, zeros, (batch, keys))
+        grads = jax.tree.map(lambda g: g / keys.shape[0], grads)
+        metrics = jax.tree.map(jnp.mean, metrics)
+        return jax.lax.pmean((grads, metrics), "data")
+
+    split = P(None, "data")
+    accumulate = jax.shard_map(
+        accumulate,
+        mesh=mesh,
+        in_specs=(P(), P(), split, split),
+        out_specs=P(),
+        check_vma=False,  # the mean over devices is explicit, so none must be added to gradients
+    )
+
+    def train_step(state, frozen, batch, keys):
+        grads, metrics = accumulate(state["params"], frozen, batch, keys)
         updates, optimizer_state = update.update(grads, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics = {name: jnp.mean(value) for name, value in metrics.items()}
         metrics["gradient_norm"] = optax.global_norm(grads)
         return {"params": params, "optimizer": optimizer_state}, metrics
 
@@ -114,7 +125,7 @@ def train(config: TrainConfig, objective, quiet: bool = False) -> dict:
         print(f"resumed from step {start} in {folder}", flush=True)
     log = Log(folder / "metrics.jsonl", start)
     microbatches = config.batch.rows // config.batch.microbatch
-    step_function = make_step(objective, update, microbatches)
+    step_function = make_step(objective, update, rows.mesh)
 
     # Leaving waits for the checkpoint in flight, also after an exception.
     with (
@@ -127,11 +138,12 @@ def train(config: TrainConfig, objective, quiet: bool = False) -> dict:
         ) as bar,
     ):
         for step in bar:
-            key = jax.random.fold_in(step_key, step)
-            batch = jax.tree.map(
-                lambda x: x.reshape(microbatches, -1, *x.shape[1:]), objective.batch(step)
+            # One key per row: neither micro-batches nor devices change what a row draws.
+            keys = jax.random.split(jax.random.fold_in(step_key, step), config.batch.rows)
+            inputs = jax.tree.map(
+                lambda x: x.reshape(microbatches, -1, *x.shape[1:]), (objective.batch(step), keys)
             )
-            state, metrics = step_function(state, frozen, jax.device_put(batch, rows), key)
+            state, metrics = step_function(state, frozen, *jax.device_put(inputs, rows))
             done = step + 1
             last = done == config.run.steps
             if last or done % config.run.log_every == 0:
@@ -275,7 +287,7 @@ def make_objective(config: TrainConfig):
 @exit_on_bad_input
 def main() -> None:
     """Entry point of ``python -m train.train``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", required=True, help="experiment file of configs/")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     arguments = parser.parse_args()

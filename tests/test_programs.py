@@ -1,0 +1,472 @@
+"""The programs: one sentence for every mistake, nothing half-written, and what they print.
+
+Runs ``main`` in this process, on a tiny pair of random weights that goes through ordinary folders.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from ctc_spec_jax import demo, recipes
+from ctc_spec_jax.draft.ctc import CTCDrafter, PrefixTree, ctc_config
+from ctc_spec_jax.engine import Engine, Generation
+from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.models import convert
+from ctc_spec_jax.models.config import DecoderConfig
+from ctc_spec_jax.models.decoder import DecoderLM
+from infer import benchmark, generate
+from train import data, regenerate, train
+
+ROOT = pathlib.Path(__file__).parent.parent
+VOCAB, POSITIONS = 300, 128
+TEXT = (ROOT / "train" / "data.py").read_text()
+MODULES = (generate, benchmark, regenerate, train)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Folders of a target and of a drafter for it."""
+
+    target: pathlib.Path
+    drafter: pathlib.Path
+
+    def copy(self, folder: pathlib.Path) -> "Pair":
+        """A pair in ``folder`` that a test may break."""
+        return Pair(
+            shutil.copytree(self.target, folder / "target"),
+            shutil.copytree(self.drafter, folder / "drafter"),
+        )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Pair:
+    """Two layers, width 32, byte-level BPE; weights large enough that greedy text varies."""
+    folder = tmp_path_factory.mktemp("pair")
+    shape = dict(num_heads=4, num_kv_heads=2, head_width=8, mlp_width=48, tied_embeddings=True)
+    lm = DecoderLM(DecoderConfig(vocab_size=VOCAB, width=32, num_layers=2, **shape))
+
+    def enlarge(path, x):
+        return x if x.ndim < 2 else x * (50.0 if "embedding" in str(path) else 16.0)
+
+    params = jax.tree_util.tree_map_with_path(enlarge, lm.init(jax.random.key(1)))
+    tokenizer = data.train_tokenizer([TEXT], VOCAB)
+    ids = {"eos_token_id": 0, "pad_token_id": 0, "max_position_embeddings": POSITIONS}
+    convert.save_target(folder / "target", lm, params, ids)
+    tokenizer.save_pretrained(folder / "target")
+    drafter = CTCDrafter(ctc_config(lm.config, 1, 6), PrefixTree(8, 4))
+    draft_params = drafter.init_params(jax.random.key(2))
+    recipes.save_drafter(folder / "drafter", drafter, draft_params, "tiny", tokenizer, {})
+    return Pair(folder / "target", folder / "drafter")
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    """The cache is a setting of the whole process."""
+    for module in MODULES:
+        monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """``call(module, *arguments)`` runs its program and gives its standard output."""
+
+    def run(module, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def sentence(call, capsys, tmp_path):
+    """``sentence(module, *arguments)``: the program fails as it should; what it says."""
+
+    def run(module, *arguments) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            call(module, *arguments)
+        assert stop.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        lines = printed.err.splitlines()
+        assert len(lines) == 1, printed.err
+        assert lines[0].startswith("error: ")
+        assert "expected" in lines[0] and "found" in lines[0]
+        assert sorted(tmp_path.rglob("*")) == before
+        return lines[0]
+
+    return run
+
+
+def edit(path: pathlib.Path, **changes) -> None:
+    """Change keys of a JSON file; None removes a key."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def truncate(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_a_shard(pair: Pair) -> None:
+    (pair.target / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (pair.target / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def other_tokenizer(pair: Pair) -> None:
+    data.train_tokenizer(["quite another text " * 40], VOCAB).save_pretrained(pair.target)
+
+
+def no_tokenizer(pair: Pair) -> None:
+    for path in pair.target.glob("tokenizer*"):
+        path.unlink()
+
+
+# What is done to the pair, and what the sentence has to name: argument, expected, found.
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "target folder missing": (lambda p: shutil.rmtree(p.target), "target: .* hub id .*target"),
+    "target config missing": (lambda p: (p.target / "config.json").unlink(), r"config\.json: .*"),
+    "target weights missing": (
+        lambda p: (p.target / "model.safetensors").unlink(),
+        r"target: expected model\.safetensors or .* found",
+    ),
+    "target weights truncated": (
+        lambda p: truncate(p.target / "model.safetensors"),
+        r"model\.safetensors: expected whole safetensors, found",
+    ),
+    "shard of the index missing": (
+        lose_a_shard,
+        r"index\.json: expected shard model-00002-of-00002\.safetensors .* found none",
+    ),
+    "unknown model type": (
+        lambda p: edit(p.target / "config.json", model_type="mamba"),
+        r"model_type: expected one of llama, .* found 'mamba'",
+    ),
+    "weights of another shape": (
+        lambda p: edit(p.target / "config.json", intermediate_size=64),
+        r"expected model\.layers\.0\.mlp\.down_proj.* \(32, 64\) .* found \(32, 48\)",
+    ),
+    "tokenizer missing": (no_tokenizer, "target: expected tokenizer files in .* found none"),
+    "tokenizer broken": (
+        lambda p: truncate(p.target / "tokenizer.json"),
+        "target: expected tokenizer files in .* found none",
+    ),
+    "tokenizer of another model": (
+        other_tokenizer,
+        r"drafter tokenizer: expected the vocabulary .* \(sha256 \w{12}\), found \w{12}",
+    ),
+    "drafter folder missing": (
+        lambda p: shutil.rmtree(p.drafter),
+        r"drafter: expected a folder with config\.json, found .*drafter",
+    ),
+    "drafter weights missing": (
+        lambda p: (p.drafter / "model.safetensors").unlink(),
+        r"drafter: expected a complete .*model\.safetensors, found",
+    ),
+    "drafter weights truncated": (
+        lambda p: truncate(p.drafter / "model.safetensors"),
+        r"drafter: expected a complete .*model\.safetensors, found",
+    ),
+    "drafter config is no JSON": (
+        lambda p: truncate(p.drafter / "config.json"),
+        r"drafter: expected JSON in .*config\.json, found",
+    ),
+    "drafter config is a list": (
+        lambda p: (p.drafter / "config.json").write_text("[]"),
+        "drafter model_type: expected one of ctc, found None",
+    ),
+    "unknown kind of drafter": (
+        lambda p: edit(p.drafter / "config.json", model_type="oracle"),
+        "drafter model_type: expected one of ctc, found 'oracle'",
+    ),
+    "drafter of another vocabulary": (
+        lambda p: edit(p.drafter / "config.json", vocab_size=VOCAB + 1),
+        f"drafter vocab_size: expected {VOCAB} as in the target, found {VOCAB + 1}",
+    ),
+    "drafter of another hidden size": (
+        lambda p: edit(p.drafter / "config.json", width=64),
+        "drafter width: expected 32 as in the target, found 64",
+    ),
+    "drafter of a deeper target": (
+        lambda p: edit(p.drafter / "config.json", target_layer_ids=[0, 2]),
+        "drafter target_layer_ids: expected layers below 2, found 2",
+    ),
+    "drafter without layers to read": (
+        lambda p: edit(p.drafter / "config.json", target_layer_ids=[]),
+        "drafter taps: expected at least one target layer, found none",
+    ),
+    "drafter key missing": (
+        lambda p: edit(p.drafter / "config.json", tree_depth=None),
+        r"drafter tree_depth: expected a whole number in .*config\.json, found None",
+    ),
+    "drafter key of another type": (
+        lambda p: edit(p.drafter / "config.json", frames="six"),
+        r"drafter frames: expected a whole number in .*config\.json, found 'six'",
+    ),
+    "drafter tensor of another shape": (
+        lambda p: edit(p.drafter / "config.json", frames=7),
+        r"drafter tensor 'frame_embedding': expected shape \(7, 32\), found \(6, 32\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_broken_folders(pair, sentence, tmp_path, name):
+    spoil, pattern = MISTAKES[name]
+    broken = pair.copy(tmp_path)
+    spoil(broken)
+    out = tmp_path / "results.json"
+    places = ("--target", broken.target, "--drafter", broken.drafter, "--json", out)
+    assert re.search(pattern, sentence(generate, *places, "--prompt", "def f(x):"))
+
+
+# Arguments, with {out} for a folder of the test; the pair itself is fine.
+ARGUMENTS = [
+    (("--prompt", ""), "prompt 0: expected at least one token, found none"),
+    (
+        ("--prompt", "x" * 500, "--max-new-tokens", "16"),
+        f"prompt 0: expected at most {POSITIONS - 16} tokens, .* 16 .* {POSITIONS} .* found [0-9]+",
+    ),
+    (("--prompt", "x", "--prompts", "y"), "--prompt: expected it or --prompts, found both"),
+    (("--prompts", "{out}/none.jsonl"), "--prompts: expected a readable file, found .*none"),
+    (("--prompts", "{out}/empty.jsonl"), "--prompts: expected at least one line .* found none"),
+    (("--prompts", "{out}/broken.jsonl"), "--prompts: expected an object .* line 2 .* found"),
+    (("--prompts", "{out}/number.jsonl"), "--prompts: expected an object .* line 1 .* found"),
+    (("--prompts", "{out}/long.jsonl"), "prompt 1: expected at most .* found [0-9]+"),
+    (("--max-new-tokens", "0"), "--max-new-tokens: expected at least 1, found 0"),
+    (("--num-prompts", "0"), "--num-prompts: expected at least 1, found 0"),
+    (("--repeats", "-1"), "--repeats: expected at least 1, found -1"),
+    (("--tree-nodes", "8", "1"), "--tree-nodes: expected at least 2, found 1"),
+    (("--json", "{out}/none/results.json"), "--json: expected .* writable folder, found .*none"),
+    (("--json", "{out}/empty.jsonl/x"), r"--json: expected .* writable folder, found .*empty\.js"),
+    (("--json", "{out}"), "--json: expected a file, found the folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "pattern"), ARGUMENTS)
+def test_bad_arguments(pair, sentence, tmp_path, arguments, pattern):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
+    (tmp_path / "number.jsonl").write_text('{"prompt": 5}\n')
+    long = [{"prompt": "x"}, {"turns": ["y" * 500]}]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, long)))
+    arguments = [argument.format(out=tmp_path) for argument in arguments]
+    places = ("--target", pair.target, "--drafter", pair.drafter)
+    assert re.search(pattern, sentence(generate, *places, *arguments))
+
+
+def test_a_target_needs_its_own_drafter(pair, sentence):
+    assert "--drafter: expected a folder" in sentence(generate, "--target", pair.target)
+
+
+def test_tokens_that_the_target_does_not_have(pair):
+    engine = Engine.from_pretrained(str(pair.target))
+    with pytest.raises(InputError, match=f"prompt 1: .* below .* {VOCAB}, found {VOCAB}"):
+        engine.generate([[1], [2, VOCAB]], 4)
+    with pytest.raises(InputError, match=r"prompt 0: .* found -1"):
+        engine.encode([[-1, 3]])
+    with pytest.raises(InputError, match="prompts: expected at least one, found none"):
+        engine.encode([])
+
+
+def test_training_refuses(sentence, tmp_path, monkeypatch):
+    """Configurations and folders, before any training."""
+    monkeypatch.setattr(train, "make_objective", lambda config: None)
+    config, file = tmp_path / "config.yaml", tmp_path / "file"
+    config.write_text("objective: target\noptim: {speed: 1}\n")
+    file.touch()
+    assert re.search(
+        r"config key optim\.speed: expected one of rate, .* found no such key",
+        sentence(train, "--config", config),
+    )
+    config.write_text("objective: target\n")
+    for arguments, pattern in (
+        (("--config", tmp_path / "none.yaml"), "config: expected a readable file, found .*none"),
+        (("--config", config, "model.depth=3"), r"model\.depth: expected one of width, .* found"),
+        (("--config", config, "run.steps=many"), r"run\.steps: expected int, found 'many'"),
+        (("--config", config, "run.steps"), r"override: expected section\.field=value, found"),
+        (
+            ("--config", config, f"run.folder={file}/run"),
+            r"run\.folder: expected a writable folder, found .*file/run",
+        ),
+    ):
+        assert re.search(pattern, sentence(train, *arguments))
+
+
+def test_regeneration_refuses(pair, sentence, tmp_path):
+    out = tmp_path / "answers.npz"
+    for arguments, pattern in (
+        (("--target", tmp_path / "none", "--out", out), "target: expected .* found .*none"),
+        (
+            ("--target", pair.target, "--out", tmp_path / "none" / "answers.npz"),
+            "--out: expected a writable folder, found .*none",
+        ),
+        (
+            ("--target", pair.target, "--out", out, "--count", "65"),
+            r"--count: expected a multiple of --rows \(64\), found 65",
+        ),
+        (
+            ("--target", pair.target, "--out", out, "--sources", "no_such_package"),
+            r"data\.sources: expected an installed package, found 'no_such_package'",
+        ),
+    ):
+        assert re.search(pattern, sentence(regenerate, *arguments))
+
+
+def test_benchmark_refuses(pair, sentence, tmp_path, monkeypatch):
+    assert "--peers: expected it" in sentence(benchmark)
+    file = tmp_path / "file"
+    file.touch()
+    place = ("--peers", "--target", pair.target, "--json", file / "result.json")
+    assert "--json: expected a file in a writable folder" in sentence(benchmark, *place)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "--peers: expected torch to be installed" in sentence(benchmark, "--peers")
+
+
+def test_a_drafter_folder_that_cannot_be_written(pair, tmp_path):
+    engine = Engine.from_pretrained(str(pair.target), str(pair.drafter))
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(InputError, match=r"folder: expected .* found .*file/drafter"):
+        recipes.save_drafter(
+            file / "drafter", engine.drafter, engine.draft_params, "tiny", engine.tokenizer, {}
+        )
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_results_that_cannot_be_written_leave_nothing(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"--json: expected .* found .*folder"):
+        generate.write_document(str(folder), {})
+    assert list(tmp_path.rglob("*")) == [folder]
+
+
+def test_in_its_own_process(tmp_path):
+    """Exit status and streams as a shell sees them; the cache says where it is before the error."""
+    place = tmp_path / "none"
+    done = subprocess.run(
+        [sys.executable, "-m", "infer.generate", "--target", place, "--drafter", place],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    *notes, last = done.stderr.splitlines()
+    assert last.startswith("error: target: expected an existing folder or a hub id")
+    assert all(note.startswith("compiled programs are kept in") for note in notes)
+
+
+FIELDS = (
+    *("text", "tokens", "rounds", "accepted_length", "accepted_length_without_bonus"),
+    *("tokens_per_second", "baseline_tokens_per_second", "speedup", "identical"),
+)
+
+
+def test_generate_end_to_end(pair, call, tmp_path):
+    """Two prompts, one with every field of the JSON file; the stream is the text of the first."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.json"
+    rows = [{"prompt": "def source_files("}, {"turns": ["import numpy", "unused"]}]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    places = ("--target", pair.target, "--drafter", pair.drafter, "--prompts", prompts)
+    numbers = ("--max-new-tokens", 24, "--tree-nodes", 8, "--repeats", 1)
+    printed = call(generate, *places, *numbers, "--compare", "--json", out)
+    result = json.loads(out.read_text())
+    assert set(FIELDS) <= set(result)
+    assert result["identical"] is True
+    assert printed.startswith(result["text"][0] + "\n")
+    assert 0 < result["rounds"] <= result["tokens"] <= 48
+    assert result["accepted_length_without_bonus"] == result["accepted_length"] - 1
+    ratio = result["tokens_per_second"] / result["baseline_tokens_per_second"]
+    np.testing.assert_allclose(result["speedup"], ratio)
+    assert [size["tree_nodes"] for size in result["sizes"]] == [8]
+    assert re.search(r"^identical +yes$", printed, re.MULTILINE)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_one_differing_token_is_not_identical():
+    def answer(*tokens):
+        return Generation("", list(tokens), "length", 1, [len(tokens)], 1.0)
+
+    ours, same = [answer(1, 2, 3), answer(4, 5)], [answer(1, 2, 3), answer(4, 5)]
+    other = [answer(1, 2, 3), answer(4, 6)]
+    assert generate.summarise(8, ours, [1.0, 1.0], same, [1.0, 1.0]).identical is True
+    assert generate.summarise(8, ours, [1.0, 1.0], other, [1.0, 1.0]).identical is False
+    assert generate.summarise(8, ours, [1.0, 1.0], [], []).identical is None
+
+
+def test_first_differences():
+    """Position of the first differing token, and the peer's logit gap after the shared text."""
+    seen = []
+
+    def logits(tokens):
+        seen.append(tokens)
+        return np.arange(10, dtype=np.float32) / 4
+
+    prompts = [[1], [2], [3]]
+    ours, theirs = [[5, 6], [5, 6, 7], [5]], [[5, 6], [5, 8, 7], [5, 9]]
+    assert benchmark.find_differences(prompts, ours, theirs, logits) == [
+        benchmark.Difference(1, 1, 0.5),
+        benchmark.Difference(2, 1, None),
+    ]
+    assert seen == [[2, 5]]
+
+
+def test_benchmark_end_to_end(pair, call, tmp_path):
+    """The same greedy tokens as ``transformers`` in float32, and every field of the JSON file."""
+    pytest.importorskip("torch", reason="torch is optional")
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "result.json"
+    prompts.write_text('{"prompt": "def source_files("}\n{"prompt": "import numpy"}\n')
+    places = ("--peers", "--target", pair.target, "--prompts", prompts, "--json", out)
+    printed = call(benchmark, *places, "--max-new-tokens", 24, "--repeats", 1)
+    result = json.loads(out.read_text())
+    assert set(result) == {field.name for field in dataclasses.fields(benchmark.Comparison)}
+    assert result["identical"] is True and result["differences"] == []
+    assert 0 < result["tokens"] == result["transformers_tokens"] <= 48
+    ratio = result["tokens_per_second"] / result["transformers_tokens_per_second"]
+    np.testing.assert_allclose(result["ratio"], ratio)
+    assert re.search(r"^identical +yes$", printed, re.MULTILINE)
+
+
+def test_the_example_of_the_readme(pair, monkeypatch, capsys):
+    """As it stands, with the tiny pair in the place of the demo pair."""
+    monkeypatch.setattr(demo, "target_folder", lambda: pair.target)
+    monkeypatch.setattr(demo, "drafter_folder", lambda: pair.drafter)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 1
+    names: dict[str, Any] = {}
+    exec(examples[0], names)
+    assert names["answer"].text in capsys.readouterr().out
+    plain = names["engine"].plain()
+    again = plain.decode_function(64)(
+        plain.params, (), names["tokens"], names["lengths"], jax.random.key(0)
+    )
+    np.testing.assert_array_equal(names["output"].tokens, again.tokens)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == commands[1]
+
+
+def test_programs_explain_themselves(monkeypatch, capsys):
+    for module in MODULES:
+        monkeypatch.setattr(sys, "argv", ["program", "--help"])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(module.__name__).main()
+        assert stop.value.code == 0
+        assert module.__doc__.splitlines()[0] in " ".join(capsys.readouterr().out.split())
