@@ -17,9 +17,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | pathlib.Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(
-            pathlib.Path(folder).absolute(), options=options
-        )
+        self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
 
     def save(self, step: int, state) -> None:
         """Start saving; returns before the files are written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import platform
 import sys
 from collections.abc import Callable
 
@@ -37,7 +38,8 @@ def use_compilation_cache() -> None:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not folder:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        folder = str(pathlib.Path(base) / "ctc_spec_jax" / f"{jaxlib.__version__}-{os.uname().nodename}")
+        machine = f"{jaxlib.__version__}-{platform.node()}"
+        folder = str(pathlib.Path(base) / "ctc_spec_jax" / machine)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     print(f"compiled programs are kept in {folder}", file=sys.stderr)

@@ -90,9 +90,7 @@ def start(
     slots = loop.num_slots(width)
     length = prompt_lengths - 1
     with jax.named_scope("prefill"):
-        cache, taps = loop.target.prefill(
-            params, prompt_tokens, length, slots, loop.drafter.taps
-        )
+        cache, taps = loop.target.prefill(params, prompt_tokens, length, slots, loop.drafter.taps)
     tokens = jnp.pad(prompt_tokens, ((0, 0), (0, slots + 1 - width)))
     context = DraftContext(params, tokens, length, cache)
     finish = jnp.where(max_new_tokens > 0, RUNNING, OUT_OF_BUDGET).astype(jnp.int32)
@@ -105,9 +103,7 @@ def start(
         drafter=loop.drafter.init(draft_params, context, taps),
         key=key,
         finish=finish,
-        stats=Stats(
-            jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, loop.capacity), jnp.int32)
-        ),
+        stats=Stats(jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, loop.capacity), jnp.int32)),
     )
 
 
@@ -144,9 +140,7 @@ def run_round(loop: Loop, params: Params, draft_params: Params, state: DecodeSta
         result = target.forward_tree(
             params, state.cache, state.length, tree.tokens, positions, mask, drafter.taps
         )
-        acceptance = loop.verifier(
-            verify_key, tree, depth, mask, result.logits, drafter.max_depth
-        )
+        acceptance = loop.verifier(verify_key, tree, depth, mask, result.logits, drafter.max_depth)
     with jax.named_scope("accept"):
         # No token is negative, so this is the length; but XLA cannot know, and so every write to
         # the cache waits for the logits, hence for all reads of the cache. Where a write could

@@ -10,20 +10,23 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import shutil
 import tempfile
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, PrefixTree, TransformTree
+from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.decoder import DecoderLM
-from ctc_spec_jax.tree.ctc_transform import default_template
+from ctc_spec_jax.tree.ctc_prefix import PrefixTree
+from ctc_spec_jax.tree.ctc_transform import TransformTree, default_template
 from ctc_spec_jax.types import Params
 
 DRAFTERS: dict[str, Any] = {"ctc": (CTCConfig, CTCDrafter)}
@@ -44,6 +47,8 @@ def load_target(path_or_id: str, dtype=jnp.float32, revision: str | None = None)
 
 def load_tokenizer(folder):
     """The tokenizer of a Hugging Face folder."""
+    # Nothing here needs torch, so the advice to install it would mislead.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     expected = f"target: expected tokenizer files in {folder}, found none that load"
@@ -143,7 +148,8 @@ def load_drafter(
         if tree == "prefix"
         else TransformTree(default_template(nodes, network.frames))
     )
-    return drafter_class(network, builder), _read_params(folder, network, drafter_class, dtype)
+    drafter = drafter_class(network, builder)
+    return drafter, _read_params(folder, drafter, dtype)
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -201,15 +207,13 @@ def _check_pair(network, description: dict[str, Any], lm: DecoderLM, tokenizer) 
         )
 
 
-def _read_params(folder: pathlib.Path, network, drafter_class, dtype) -> Params:
-    import jax
-
+def _read_params(folder: pathlib.Path, drafter, dtype) -> Params:
     path = folder / "model.safetensors"
     try:
         found = load_file(path)
     except Exception as error:  # safetensors raises its own type for truncated files
         raise InputError(f"drafter: expected a complete {path}, found {error}") from error
-    shapes = jax.eval_shape(lambda: drafter_class(network).init_params(jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: drafter.init_params(jax.random.key(0)))
     for name, shape in shapes.items():
         if name not in found:
             raise InputError(f"drafter: expected tensor {name!r} in {path}, found none")

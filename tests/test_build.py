@@ -92,7 +92,7 @@ def test_zipf_template_keeps_the_most_probable_paths(nodes, depth, ranks):
     assert template.num_nodes == nodes and template.max_depth <= depth
 
 
-def test_zipf_template_breaks_ties_by_length_then_order():
+def test_zipf_template_breaks_ties_by_order():
     """With two ranks, (0, 1) and (1, 0) tie."""
     assert rank_paths(build.zipf_template(5, 2, 2)) == [(0,), (1,), (0, 0), (0, 1)]
 

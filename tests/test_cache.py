@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ctc_spec_jax.decode import Loop, NoDraft, advance, start
-from ctc_spec_jax.draft.ctc import CTCDrafter, PrefixTree, ctc_config
+from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
+from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.types import NO_TOKEN
 from ctc_spec_jax.verify import Greedy
 from tests.helpers import OracleTree, ragged_prompts, tiny_target
@@ -47,8 +48,10 @@ def test_cache_audit(quality, window):
             state.cache, fresh(state.tokens, state.length), strict=True
         ):
             for row, n in enumerate(length):
-                for ours, true in ((keys[row, ..., :n], new_keys[row, ..., :n]),
-                                   (values[row, :, :n], new_values[row, :, :n])):
+                for ours, true in (
+                    (keys[row, ..., :n], new_keys[row, ..., :n]),
+                    (values[row, :, :n], new_values[row, :, :n]),
+                ):
                     np.testing.assert_allclose(ours, true, rtol=1e-4, atol=1e-4)
     assert len(seen) > 6
 
@@ -73,8 +76,10 @@ def test_drafter_cache_audit():
             axis = 1 if len(slots) == a.shape[2] else 2
             for row, n in enumerate(np.asarray(state.length)):
                 np.testing.assert_allclose(
-                    np.take(a[row], range(n), axis), np.take(b[row], range(n), axis),
-                    rtol=1e-4, atol=1e-4,
+                    np.take(a[row], range(n), axis),
+                    np.take(b[row], range(n), axis),
+                    rtol=1e-4,
+                    atol=1e-4,
                 )
 
 
@@ -85,7 +90,9 @@ def test_no_step_copies_a_cache(batch, method):
     lm, params = tiny_target()
     drafter, draft_params = NoDraft(), ()
     if method == "ctc":
-        drafter = CTCDrafter(ctc_config(lm.config, frames=5, taps=(0, 1)), PrefixTree(6, 3, top_k=4))
+        drafter = CTCDrafter(
+            ctc_config(lm.config, frames=5, taps=(0, 1)), PrefixTree(6, 3, top_k=4)
+        )
         draft_params = drafter.init_params(jax.random.key(0))
     prompts, lengths = ragged_prompts(3, (6, 3, 8)[:batch])
     loop = Loop(lm, drafter, Greedy(), NEW)

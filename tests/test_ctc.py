@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ctc_spec_jax.decode import NoDraft
-from ctc_spec_jax.draft.ctc import CTCDrafter, PrefixTree, TransformTree, ctc_config, published
-from ctc_spec_jax.tree.ctc_transform import default_template
+from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config, published
+from ctc_spec_jax.tree.ctc_prefix import PrefixTree
+from ctc_spec_jax.tree.ctc_transform import TransformTree, default_template
 from ctc_spec_jax.types import DraftTree
 from tests.helpers import VOCAB, ragged_prompts, run, tiny_target
 
@@ -108,9 +109,7 @@ def test_published_preset(setting):
     network = published(lm.config)
     assert network.num_layers == 1 and network.taps == (lm.config.num_layers - 1,)
     drafter = CTCDrafter(network, TREES["transform"])
-    result = run(
-        lm, params, drafter, drafter.init_params(jax.random.key(0)), prompts, lengths, NEW
-    )
+    result = run(lm, params, drafter, drafter.init_params(jax.random.key(0)), prompts, lengths, NEW)
     np.testing.assert_array_equal(result.tokens, plain)
 
 
@@ -119,7 +118,7 @@ def test_training_pass_equals_decoding_pass(setting):
 
     Anchors of one row do not see each other nor what lies at or after them.
     """
-    lm, params, prompts, lengths, _, truth = setting
+    lm, params, _, _, _, truth = setting
     drafter = CTCDrafter(ctc_config(lm.config, 2, FRAMES, taps=(0, 1)), TREES["prefix"])
     draft_params = drafter.init_params(jax.random.key(4))
     tokens = jnp.asarray(truth[:2, :14])

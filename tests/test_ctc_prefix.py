@@ -153,16 +153,27 @@ def test_depth_limit():
 
 
 def test_candidates_are_the_union_of_frame_tops():
-    """With one token per frame, prefixes over exactly those tokens compete, in every frame."""
+    """One token per frame: prefixes over just those tokens compete. The last frame adds one."""
     probs = np.random.default_rng(8).dirichlet(np.ones(VOCAB + 1), size=FRAMES)
     probs[:, [0, 1]] = np.sort(probs[:, [0, 1]], axis=1)
     probs[:, [2, 1]] = np.sort(probs[:, [2, 1]], axis=1)
-    probs[0, [0, 1]] = probs[0, [1, 0]]
-    tops = set(np.argmax(probs[:, :VOCAB], axis=1).tolist())
-    assert len(tops) == 2
-    masses = {u: m for u, m in prefix_masses(probs).items() if tops.issuperset(u)}
+    probs[-1, [0, 1]] = probs[-1, [1, 0]]
+    tops = np.argmax(probs[:, :VOCAB], axis=1).tolist()
+    assert tops == [1, 1, 1, 1, 0]
+    masses = {u: m for u, m in prefix_masses(probs).items() if {*tops}.issuperset(u)}
     tree = build(log_of(probs), jnp.int32(0), num_nodes=8, max_depth=FRAMES, top_k=1)
     assert_best_prefixes(tree, collections.defaultdict(float, masses), 8)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_every_node_but_a_chain_may_lie_on_one_level(level):
+    """The widest level that an exact tree of 5 nodes needs: 4 nodes at depth 1, 3 at depth 2."""
+    probs = np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 1.0], (3, 1))
+    probs[0] = [1, 0, 0, 0, 0, 0]
+    probs[level] = [0, 0.19, 0.2, 0.21, 0.22, 0.18]
+    tree = build(log_of(probs), jnp.int32(0), num_nodes=5, max_depth=3, top_k=5)
+    widest = [(4,), (3,), (2,), (1,)] if level == 0 else [(0,), (0, 4), (0, 3), (0, 2)]
+    assert texts_of(tree)[1:] == widest
 
 
 def test_narrow_beam_is_a_tree_with_exact_masses():
@@ -213,6 +224,10 @@ def test_relative_precision_on_a_long_lattice():
     expected = recursion_masses(log_probs, texts)
     np.testing.assert_allclose(np.asarray(tree[3], np.float64), expected, atol=1e-5)
 
+    held = log_of(np.eye(401)[[7] * 20 + [9] * 4])  # one label held for 20 frames, for certain
+    tree = build(held, jnp.int32(0), num_nodes=32, max_depth=6, top_k=4)
+    assert texts_of(tree) == [(), (7,), (7, 9)] and (np.asarray(tree[3])[:3] == 0).all()
+
 
 def test_rare_repeats_keep_relative_precision():
     """A repeat behind a rare blank is a small part of a large mass: no difference may be taken."""
@@ -229,10 +244,10 @@ def test_rounding_never_ranks_a_child_above_its_parent():
     rng = np.random.default_rng(0)
     for _ in range(100):
         logits = rng.normal(size=(FRAMES, VOCAB + 1)) * 0.5
-        logits[np.arange(FRAMES), [0, 3, 0, 1, 2]] += rng.uniform(8, 18)
+        logits[np.arange(FRAMES), [0, 0, 1, 1, 2]] += rng.uniform(8, 18)
         log_probs = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1)
         tree = build(log_probs, jnp.int32(0), **sizes(8))
-        assert texts_of(tree)[:5] == [(), (0,), (0, 0), (0, 0, 1), (0, 0, 1, 2)]
+        assert texts_of(tree)[:4] == [(), (0,), (0, 1), (0, 1, 2)]
 
 
 def test_pending_token_is_no_part_of_the_lattice():

@@ -129,23 +129,45 @@ def test_loop_share():
     assert data.loop_share(halves) == pytest.approx(1 - (23 + 7 + 2) / 53)
 
 
+@pytest.mark.parametrize("max_loop", [0.0, 0.2, 0.5, 1.0])
+def test_before_loop_is_the_longest_beginning_that_does_not_loop(max_loop):
+    draw = np.random.default_rng(1)
+    for length in (0, 3, 7, 8, 9, 40, 60):
+        # Repeating a short text and leaving it again raises and lowers the share.
+        text = np.concatenate([draw.integers(0, 3, 12), np.arange(20), np.arange(20), np.ones(8)])
+        tokens = text.astype(np.int32)[:length]
+        fine = [n for n in range(length + 1) if slow_loop_share(tokens[:n]) <= max_loop]
+        assert data.before_loop(tokens, max_loop) == max(fine)
+        assert data.loop_share(tokens) == pytest.approx(slow_loop_share(tokens))
+
+
+def slow_loop_share(tokens) -> float:
+    groups = [tuple(tokens[i : i + 8].tolist()) for i in range(len(tokens) - 7)]
+    return sum(group in groups[:i] for i, group in enumerate(groups)) / max(len(groups), 1)
+
+
 @pytest.fixture
 def answers(tmp_path):
-    """Rows of unequal lengths: 0..39 are fine, 40..44 loop, 45..49 are too short."""
+    """Rows of unequal lengths: 0..38 are fine, 39 begins to loop, 40..49 are too short."""
     draw = np.random.default_rng(0)
     tokens = draw.permuted(np.tile(np.arange(60, dtype=np.int32), (50, 1)), axis=1)
     prompts = draw.integers(1, 9, 50).astype(np.int32)
     lengths = draw.integers(40, 61, 50).astype(np.int32)
-    tokens[40:45, 8:] = 5
+    lengths[39] = prompts[39] + 50
+    tokens[39, prompts[39] + 20 :] = 60
+    for row in range(40, 45):
+        tokens[row, prompts[row] :] = 60
     lengths[45:] = prompts[45:] + 15
     path = tmp_path / "answers.npz"
     np.savez(path, tokens=tokens, prompt_lengths=prompts, lengths=lengths)
+    # 21 of its groups are new, so 13 repeats are a share of 0.38 and 14 are one of 0.4.
+    lengths[39] = prompts[39] + 21 + 13 + 7
     return path, tokens, prompts, lengths
 
 
-def test_answers_that_loop_or_stop_early_are_left_out(answers):
+def test_answers_are_cut_before_they_loop_and_short_ones_left_out(answers):
     path, tokens, prompts, lengths = answers
-    train, held = data.load_answers(str(path), 0.4, 0.25)
+    train, held = data.load_answers(str(path), 0.39, 0.25)
     np.testing.assert_array_equal(held.tokens, tokens[:10])
     np.testing.assert_array_equal(train.tokens, tokens[10:40])
     np.testing.assert_array_equal(train.prompt_lengths, prompts[10:40])
@@ -156,8 +178,8 @@ def test_answers_that_loop_or_stop_early_are_left_out(answers):
 
 def test_answer_batches_are_pure_and_reshuffle(answers):
     path, tokens, prompts, lengths = answers
-    train, _ = data.load_answers(str(path), 0.4, 0.25)
-    again, _ = data.load_answers(str(path), 0.4, 0.25)
+    train, _ = data.load_answers(str(path), 0.39, 0.25)
+    again, _ = data.load_answers(str(path), 0.39, 0.25)
     by_row = {row.tobytes(): place for place, row in enumerate(tokens)}
     seen = []
     for step in range(14):

@@ -157,8 +157,6 @@ def test_config_as_transformers_saves_it_reads_the_same(family):
     assert config_from_hf(saved) == config_from_hf(golden.hf_config(family))
 
 
-# SWIG types inside torch's dependencies lack __module__; raised while they are imported.
-@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
 @families
 def test_live_transformers(target, family, tmp_path):
     """Both directions: a live model equals ours, and transformers reads what we save."""

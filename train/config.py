@@ -61,8 +61,8 @@ class Data:
     are read, at most ``max_bytes`` of them unless 0, each file held out with probability
     ``heldout`` by a hash of its relative path. A target trains its own tokenizer of ``vocab_size``
     tokens, or takes the one in the folder ``tokenizer``.
-    ``answers`` are files of ``train.regenerate`` for the drafter; each answer is cut where its share of
-    repeated 8-token groups passes ``max_loop``.
+    ``answers`` are files of ``train.regenerate``, for the drafter; each answer is cut where its
+    share of repeated 8-token groups passes ``max_loop``.
     """
 
     sources: tuple[str, ...] = ("stdlib",)

@@ -16,9 +16,10 @@ import numpy as np
 
 from ctc_spec_jax import losses, recipes
 from ctc_spec_jax.decode import Loop, decode
-from ctc_spec_jax.draft.ctc import CTCDrafter, PrefixTree, ctc_config, published
+from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config, published
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.decoder import output_head
+from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.types import NO_TOKEN
 from ctc_spec_jax.verify import Greedy
 from train import data

@@ -25,9 +25,6 @@ import jax.numpy as jnp
 from ctc_spec_jax.models import kv_cache, layers
 from ctc_spec_jax.models.config import DecoderConfig, RopeScaling
 from ctc_spec_jax.models.decoder import output_logits
-from ctc_spec_jax.tree.ctc_prefix import prefix_tree
-from ctc_spec_jax.tree.build import Template
-from ctc_spec_jax.tree.ctc_transform import transform_tree
 from ctc_spec_jax.types import Acceptance, DraftContext, DraftTree, Params, TargetOutput
 
 _INIT = nn.initializers.normal(0.02)
@@ -211,7 +208,7 @@ class CTCNetwork(nn.Module):
     def __call__(self, taps, pending, anchors, target_params):
         """Frame log-probabilities [B, A, F, V+1] of A anchors per row; touches every parameter.
 
-        ``taps`` are the target's hidden states of whole rows, each [B, T, D]; ``pending`` [B, A, D].
+        ``taps``: the target's hidden states of whole rows, each [B, T, D]; ``pending`` [B, A, D].
         """
         hidden = self.anchor_hidden(taps, pending, anchors)
         return self.log_probs(hidden, target_params)
@@ -231,10 +228,14 @@ class TreeBuilder(Protocol):
     """Turns one row's frame log-probabilities into a tree; frozen, hashable."""
 
     @property
-    def max_depth(self) -> int: ...
+    def max_depth(self) -> int:
+        """M, the longest path."""
+        ...
 
     @property
-    def num_nodes(self) -> int: ...
+    def num_nodes(self) -> int:
+        """N, root included."""
+        ...
 
     def __call__(self, log_probs, pending):
         """(tokens, parents, valid), each [N], of log_probs [F, V+1] and the pending token []."""
@@ -242,53 +243,11 @@ class TreeBuilder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixTree:
-    """The ``num_nodes`` most probable prefixes of the lattice; see ``tree.ctc_prefix``."""
-
-    num_nodes: int = 16
-    max_depth: int = 8
-    top_k: int = 8
-    beam: int = 0
-
-    def __call__(self, log_probs, pending):
-        """See ``TreeBuilder``."""
-        return prefix_tree(
-            log_probs,
-            pending,
-            num_nodes=self.num_nodes,
-            max_depth=self.max_depth,
-            top_k=self.top_k,
-            beam=self.beam or None,
-        )[:3]
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformTree:
-    """The published builder: a static template over frames, collapsed; see ``tree.ctc_transform``."""
-
-    template: Template
-
-    @property
-    def max_depth(self) -> int:
-        """Frames of the template."""
-        return self.template.max_depth
-
-    @property
-    def num_nodes(self) -> int:
-        """Nodes of the template, root included."""
-        return self.template.num_nodes
-
-    def __call__(self, log_probs, pending):
-        """See ``TreeBuilder``."""
-        return transform_tree(log_probs, pending, self.template)
-
-
-@dataclasses.dataclass(frozen=True)
 class CTCDrafter:
     """The ``Drafter``: network and tree builder. State: context keys and values, newest feature."""
 
     config: CTCConfig
-    tree: TreeBuilder = PrefixTree()
+    tree: TreeBuilder
 
     @property
     def max_depth(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fractions
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 
@@ -132,7 +133,7 @@ def zipf_template(num_nodes: int, max_depth: int, top_k: int = 10) -> Template:
 
     Positions are taken as independent, so a path's probability is the product over its ranks of
     ``1 / ((r+1) H)`` with ``H = 1 + 1/2 + .. + 1/top_k``; the best ``num_nodes - 1`` paths are
-    kept. Ties go to the shorter, then to the lexicographically smaller path.
+    kept. Ties go to the lexicographically smaller path.
 
     Args:
         num_nodes: N, root included, at least 2.
@@ -144,17 +145,16 @@ def zipf_template(num_nodes: int, max_depth: int, top_k: int = 10) -> Template:
     """
     harmonic = sum(fractions.Fraction(1, rank + 1) for rank in range(top_k))
     kept: list[tuple[int, ...]] = []
-    frontier = [((rank,), (rank + 1) * harmonic) for rank in range(top_k)] if max_depth else []
+    # Inverse probabilities are exact fractions: ties are real, not rounding.
+    frontier = [((rank + 1) * harmonic, (rank,)) for rank in range(top_k)] if max_depth else []
     while len(kept) < num_nodes - 1:
         if not frontier:
             raise ValueError(f"num_nodes={num_nodes}: only {len(kept) + 1} nodes exist")
-        # Inverse probabilities are exact fractions: ties are real, not rounding.
-        best = min(frontier, key=lambda entry: (entry[1], len(entry[0]), entry[0]))
-        frontier.remove(best)
-        path, cost = best
+        cost, path = heapq.heappop(frontier)
         kept.append(path)
         if len(path) < max_depth:
-            frontier += [((*path, r), cost * (r + 1) * harmonic) for r in range(top_k)]
+            for rank in range(top_k):
+                heapq.heappush(frontier, (cost * (rank + 1) * harmonic, (*path, rank)))
     return static_template(kept)
 
 

@@ -26,6 +26,7 @@ F draft frames, W states of a level, C candidate tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -45,6 +46,27 @@ class _Level(NamedTuple):
     parent: jax.Array  # int32 [W], index in the level above
     probs: jax.Array  # float32 [W, F+1], p_f(label); frame 0 is the virtual one
     ending: jax.Array  # float32 [W, F+1]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixTree:
+    """The ``num_nodes`` most probable prefixes of the lattice; see ``prefix_tree``."""
+
+    num_nodes: int = 16
+    max_depth: int = 8
+    top_k: int = 8
+    beam: int = 0
+
+    def __call__(self, log_probs, pending):
+        """(tokens, parents, valid), each [N], of log_probs [F, V+1] and the pending token []."""
+        return prefix_tree(
+            log_probs,
+            pending,
+            num_nodes=self.num_nodes,
+            max_depth=self.max_depth,
+            top_k=self.top_k,
+            beam=self.beam or None,
+        )[:3]
 
 
 def prefix_tree(
@@ -90,7 +112,7 @@ def prefix_tree(
     _validate(log_probs, num_nodes, max_depth, top_k, beam)
     ids, probs = _candidates(log_probs, top_k)
     gaps = _blank_runs(jnp.exp(log_probs[:, -1]))
-    levels = [_root(num_nodes=ids.shape[0], frames=log_probs.shape[0])]
+    levels = [_root(ids.shape[0], log_probs.shape[0])]
     for depth in range(1, min(max_depth, log_probs.shape[0], num_nodes - 1) + 1):
         width = min(num_nodes - depth, num_nodes if beam is None else beam)
         levels.append(_expand(levels[-1], probs, gaps, width))
@@ -129,13 +151,13 @@ def _blank_runs(blank: jax.Array) -> jax.Array:
     return jnp.where((g < f - 1)[:, :, 0], runs, 0.0)
 
 
-def _root(num_nodes: int, frames: int) -> _Level:
+def _root(num_candidates: int, frames: int) -> _Level:
     return _Level(
-        mass=jnp.ones((1,)),
-        label=jnp.full((1,), num_nodes, jnp.int32),
+        mass=jnp.ones((1,), jnp.float32),
+        label=jnp.full((1,), num_candidates, jnp.int32),
         parent=jnp.full((1,), NO_PARENT, jnp.int32),
-        probs=jnp.zeros((1, frames + 1)),
-        ending=jnp.zeros((1, frames + 1)).at[:, 0].set(1.0),
+        probs=jnp.zeros((1, frames + 1), jnp.float32),
+        ending=jnp.zeros((1, frames + 1), jnp.float32).at[:, 0].set(1.0),
     )
 
 

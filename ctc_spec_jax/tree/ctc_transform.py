@@ -6,6 +6,8 @@ lift with ``jax.vmap``. Shape letters: N tree nodes, M max depth, V vocabulary, 
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,27 @@ def default_template(num_nodes: int = 64, num_frames: int = 4) -> Template:
     if num_nodes == sum(PUBLISHED_COUNTS) + 1 and num_frames >= len(PUBLISHED_COUNTS):
         return counted_template(PUBLISHED_COUNTS)
     return zipf_template(num_nodes, num_frames)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformTree:
+    """The published builder, a static template, collapsed; see ``transform_tree``."""
+
+    template: Template
+
+    @property
+    def max_depth(self) -> int:
+        """Frames of the template."""
+        return self.template.max_depth
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the template, root included."""
+        return self.template.num_nodes
+
+    def __call__(self, log_probs, pending):
+        """(tokens, parents, valid), each [N], of log_probs [F, V+1] and the pending token []."""
+        return transform_tree(log_probs, pending, self.template)
 
 
 def transform_tree(
