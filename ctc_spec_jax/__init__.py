@@ -6,11 +6,11 @@
        ^                                                  |
        +---------------- decode.py: lax.while_loop -------+
 
-``Engine`` loads a target and a drafter and decodes; ``decode`` is the loop itself, pure and
-jittable. The embedded demo pair is loaded by ``Engine.from_pretrained()``.
+``Engine`` loads a target and a drafter and decodes; ``decode.decode`` is the loop itself, pure
+and jittable. The embedded demo pair is loaded by ``Engine.from_pretrained()``.
 """
 
-from ctc_spec_jax.decode import Loop, NoDraft, advance, decode, start
+from ctc_spec_jax.decode import Loop, NoDraft
 from ctc_spec_jax.engine import Engine, Generation
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.types import Acceptance, DraftTree, GenerateOutput, TargetOutput
@@ -27,7 +27,4 @@ __all__ = [
     "Loop",
     "NoDraft",
     "TargetOutput",
-    "advance",
-    "decode",
-    "start",
 ]

@@ -64,7 +64,7 @@ def test_order_of_files_and_limit(package):
 
 @pytest.mark.parametrize("source", ["no_such_package_at_all", "no.such.package", "zipfile2", ""])
 def test_unknown_sources_are_refused(source):
-    with pytest.raises(InputError, match="^data.sources: expected an installed package, found "):
+    with pytest.raises(InputError, match=r"^data\.sources: expected an installed package, found "):
         data.corpus((source,), 0.1)
 
 
@@ -193,7 +193,7 @@ def test_answer_batches_are_pure_and_reshuffle(answers):
     first, second = np.ravel(seen[:7]), np.ravel(seen[7:])
     assert len(set(first)) == len(set(second)) == 28
     assert not np.array_equal(first, second)
-    with pytest.raises(InputError, match="^data.answers: expected at least 31 rows, found 30$"):
+    with pytest.raises(InputError, match=r"^data\.answers: expected at least 31 rows, found 30$"):
         train.batch(0, 0, 31)
 
 
@@ -202,11 +202,11 @@ def test_other_files_are_no_answers(tmp_path, content):
     path = tmp_path / "file.npz"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(InputError, match="^data.answers: expected a file of train.regenerate"):
+    with pytest.raises(InputError, match=r"^data\.answers: expected a file of train.regenerate"):
         data.load_answers(str(path), 0.4)
 
 
 def test_answers_without_a_column_are_refused(tmp_path):
     np.savez(tmp_path / "file.npz", tokens=np.zeros((2, 3), np.int32))
-    with pytest.raises(InputError, match="^data.answers: expected a file of train.regenerate"):
+    with pytest.raises(InputError, match=r"^data\.answers: expected a file of train.regenerate"):
         data.load_answers(str(tmp_path / "file.npz"), 0.4)

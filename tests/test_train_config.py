@@ -80,14 +80,14 @@ def test_bad_overrides_are_refused(tmp_path, override, message):
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "experiment.yaml"
     path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(InputError, match="^config") as error:
+    with pytest.raises(InputError, match=r"^config") as error:
         load_config(str(path))
     assert "\n" not in str(error.value)
 
 
 def test_unreadable_files_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none.yaml"):
-        with pytest.raises(InputError, match="^config: expected a readable file, found "):
+        with pytest.raises(InputError, match=r"^config: expected a readable file, found "):
             load_config(str(path))
 
 

@@ -7,6 +7,7 @@ G query heads per kv head, C head width, L layers.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -165,13 +166,16 @@ class DecoderLM:
         row = jnp.zeros((1, 1), jnp.int32)
         return self.module.init(key, row, row, jnp.ones((1, 1, 1), bool))["params"]
 
+    def _apply(self, params: Params, *args, **kwargs) -> Any:
+        return self.module.apply({"params": params}, *args, **kwargs)
+
     def hidden(self, params: Params, tokens, lengths, taps: tuple[int, ...] = ()):
         """Plain causal forward of right-padded tokens [B, T]: (hidden, taps, kv)."""
         positions = jnp.broadcast_to(
             jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
         )
         mask = causal_mask(lengths, tokens.shape[1])
-        return self.module.apply({"params": params}, tokens, positions, mask, taps=taps)
+        return self._apply(params, tokens, positions, mask, taps=taps)
 
     def prefill(self, params: Params, tokens, lengths, num_slots: int, taps: tuple[int, ...] = ()):
         """Cache and taps of right-padded tokens [B, T] with ``lengths`` [B]; no logits."""
@@ -180,9 +184,7 @@ class DecoderLM:
 
     def forward_tree(self, params, cache, length, tokens, positions, mask, taps=()) -> TargetOutput:
         """Score N new rows against the cache; see ``Decoder.__call__`` for shapes."""
-        hidden, tapped, kv = self.module.apply(
-            {"params": params}, tokens, positions, mask, cache, length, taps
-        )
+        hidden, tapped, kv = self._apply(params, tokens, positions, mask, cache, length, taps)
         return TargetOutput(output_logits(params, hidden), tapped, kv)
 
     def commit(self, cache, kv, path, length):
