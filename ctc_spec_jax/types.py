@@ -7,6 +7,7 @@ D width, H heads, K kv heads, L layers, F draft frames.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any, Protocol
 
 import jax
@@ -28,6 +29,7 @@ Params = Any
 """A nested dict of arrays."""
 
 
+@typing.dataclass_transform(frozen_default=True)
 def pytree(cls):
     """Frozen dataclass registered as a pytree; every field is data."""
     cls = dataclasses.dataclass(frozen=True)(cls)

@@ -143,19 +143,20 @@ def zipf_template(num_nodes: int, max_depth: int, top_k: int = 10) -> Template:
     Raises:
         ValueError: if fewer than ``num_nodes - 1`` paths exist.
     """
-    harmonic = sum(fractions.Fraction(1, rank + 1) for rank in range(top_k))
+    # Inverse probabilities as exact fractions: ties are real, not rounding.
+    one = fractions.Fraction(1)
+    harmonic = sum((one / (rank + 1) for rank in range(top_k)), start=0 * one)
     kept: list[tuple[int, ...]] = []
-    # Inverse probabilities are exact fractions: ties are real, not rounding.
-    frontier = [((rank + 1) * harmonic, (rank,)) for rank in range(top_k)] if max_depth else []
-    while len(kept) < num_nodes - 1:
+    frontier: list[tuple[fractions.Fraction, tuple[int, ...]]] = [(one, ())]
+    while len(kept) < num_nodes:
         if not frontier:
-            raise ValueError(f"num_nodes={num_nodes}: only {len(kept) + 1} nodes exist")
+            raise ValueError(f"num_nodes={num_nodes}: only {len(kept)} nodes exist")
         cost, path = heapq.heappop(frontier)
         kept.append(path)
         if len(path) < max_depth:
             for rank in range(top_k):
                 heapq.heappush(frontier, (cost * (rank + 1) * harmonic, (*path, rank)))
-    return static_template(kept)
+    return static_template(kept[1:])
 
 
 def counted_template(counts: Sequence[int] = PUBLISHED_COUNTS, top_k: int = 10) -> Template:
