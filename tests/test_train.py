@@ -160,7 +160,7 @@ def test_record_says_how_the_target_was_made(whole, workplace):
     assert load_config(str(folder / "run.yaml")) == target_config(workplace, folder)
     assert record["command"].startswith("python -m train.train")
     assert record["data"]["train_bytes"] > 40000
-    assert record["data"]["train_tokens"] > record["data"]["heldout_tokens"] > 1000
+    assert min(record["data"]["train_tokens"], record["data"]["heldout_tokens"]) > 1000
     assert {"step", "seconds", "loss", "gradient_norm", "heldout_loss"} <= record["metrics"].keys()
     assert record["metrics"]["step"] == STEPS
     assert record["hardware"].startswith("1 x cpu")
@@ -337,7 +337,7 @@ from train import train
 try:
     train.main()
 finally:
-    print(sorted({"orbax", "flax", "transformers", "tokenizers", "torch"} & sys.modules.keys()))
+    print(sorted({"orbax", "transformers", "tokenizers", "torch"} & sys.modules.keys()))
 """
     result = program_run(ROOT, "--help", source=source)
     assert result.returncode == 0, result.stderr
@@ -374,7 +374,7 @@ def test_gradients_do_not_depend_on_microbatches(objective):
         )
     for found in (metrics, metrics_two):
         np.testing.assert_allclose(found["loss"], loss, rtol=1e-6)
-        np.testing.assert_allclose(found["gradient_norm"], optax.global_norm(exact), rtol=1e-5)
+        np.testing.assert_allclose(found["gradient_norm"], optax.tree.norm(exact), rtol=1e-5)
 
 
 def test_two_devices_follow_the_curve_of_one(whole, workplace):
@@ -382,7 +382,9 @@ def test_two_devices_follow_the_curve_of_one(whole, workplace):
     folder = workplace / "two"
     arguments = ("--config", str(workplace / "target.yaml"), f"run.folder={folder}")
     result = program_run(
-        workplace, *arguments, XLA_FLAGS="--xla_force_host_platform_device_count=2"
+        workplace,
+        *arguments,
+        XLA_FLAGS=os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
     )
     assert result.returncode == 0, result.stderr
     record = json.loads((folder / "export" / "training.json").read_text())
@@ -411,13 +413,13 @@ def test_target_takes_an_existing_tokenizer(whole, workplace):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.sources=[json]", "data: expected at least 400 windows of 32 tokens, found "),
+        ("data.sources=[json]", "data: expected at least 4000 windows of 32 tokens, found "),
         ("data.heldout=0", "data: expected at least 2 windows of 32 tokens, found 0"),
         ("model.kv_heads=3", "model: num_attention_heads: expected a multiple"),
     ],
 )
 def test_target_that_cannot_be_trained_is_refused(workplace, override, message):
-    rows = ("batch.rows=400",) if "sources" in override else ()
+    rows = ("batch.rows=4000",) if "sources" in override else ()
     with pytest.raises(InputError, match=f"^{message}"):
         program.make_objective(target_config(workplace, "unused", override, *rows))
 
@@ -468,7 +470,7 @@ def pair(whole, workplace):
     folder = workplace / "drafter"
     config = load_config(
         str(workplace / "drafter.yaml"),
-        [f"target={target}", f"data.answers={answers}", f"run.folder={folder}"],
+        [f"target={target}", f"data.answers=[{answers}]", f"run.folder={folder}"],
     )
     objective = DrafterObjective(config)
     frozen = jax.tree.map(np.array, objective.frozen)

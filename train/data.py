@@ -191,7 +191,7 @@ def load_answers(
 
 def _read_answers(path: str) -> list[np.ndarray]:
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as opened, np.load(opened) as file:
             return [file[name] for name in ("tokens", "prompt_lengths", "lengths")]
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(

@@ -87,7 +87,7 @@ def make_step(objective, update: optax.GradientTransformation, mesh: jax.shardin
         grads, metrics = accumulate(state["params"], frozen, batch, keys)
         updates, optimizer_state = update.update(grads, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         return {"params": params, "optimizer": optimizer_state}, metrics
 
     return jax.jit(train_step, donate_argnums=0)
