@@ -95,7 +95,8 @@ def test_no_step_copies_a_cache(batch, method):
         )
         draft_params = drafter.init_params(jax.random.key(0))
     prompts, lengths = ragged_prompts(3, (6, 3, 8)[:batch])
-    loop = Loop(lm, drafter, Greedy(), NEW)
+    # Caches far larger than everything else, so that one copy of them would show in the memory.
+    loop = Loop(lm, drafter, Greedy(), 600)
     budget, stops = np.full((batch,), NEW, np.int32), np.full((batch, 1), NO_TOKEN, np.int32)
     state = jax.eval_shape(
         lambda: start(
