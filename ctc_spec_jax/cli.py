@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -10,7 +11,6 @@ import sys
 from collections.abc import Callable
 
 import jax
-import jaxlib
 
 from ctc_spec_jax.errors import InputError
 
@@ -38,7 +38,7 @@ def use_compilation_cache() -> None:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not folder:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        machine = f"{jaxlib.__version__}-{platform.node()}"
+        machine = f"{importlib.metadata.version('jaxlib')}-{platform.node()}"
         folder = str(pathlib.Path(base) / "ctc_spec_jax" / machine)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

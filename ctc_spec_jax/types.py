@@ -136,25 +136,40 @@ class GenerateOutput:
 class Target(Protocol):
     """A causal language model that can score a tree of new nodes."""
 
-    def prefill(self, params: Params, tokens, lengths, num_slots: int, taps: tuple[int, ...]):
+    def prefill(
+        self, params: Params, tokens, lengths, num_slots: int, taps: tuple[int, ...]
+    ) -> tuple[Any, tuple[jax.Array, ...]]:
         """Cache of the first ``lengths[b]`` tokens of each row, and the taps of all of them."""
         ...
 
-    def forward_tree(self, params, cache, length, tokens, positions, mask, taps) -> TargetOutput:
+    def forward_tree(
+        self, params: Params, cache, length, tokens, positions, mask, taps: tuple[int, ...]
+    ) -> TargetOutput:
         """Score N new nodes against the cache; commits nothing."""
         ...
 
-    def commit(self, cache, kv, path, length):
+    def commit(self, cache, kv, path, length) -> Any:
         """Write the rows of ``kv`` along ``path`` into the cache, from slot ``length`` on."""
         ...
 
 
 class Drafter(Protocol):
-    """A frozen dataclass that proposes trees. ``taps`` are the target layers it reads."""
+    """A frozen dataclass that proposes trees."""
 
-    max_depth: int
-    num_nodes: int
-    taps: tuple[int, ...]
+    @property
+    def max_depth(self) -> int:
+        """M, the longest path of a tree, root excluded."""
+        ...
+
+    @property
+    def num_nodes(self) -> int:
+        """N, root included."""
+        ...
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers whose outputs it reads."""
+        ...
 
     def init(self, params: Params, context: DraftContext, taps: tuple[jax.Array, ...]) -> Any:
         """State after the prompt; ``taps`` hold the prompt's hidden states, each [B, T, D]."""

@@ -214,7 +214,7 @@ def report(result: Comparison) -> str:
 @exit_on_bad_input
 def main() -> None:
     """Entry point of ``python -m infer.benchmark``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peers", action="store_true", help="compare with transformers (torch)")
     parser.add_argument("--target", help="Hugging Face folder or hub id (default: the demo)")
     parser.add_argument("--prompts", help="JSONL file with 'prompt' or 'turns'")

@@ -242,7 +242,7 @@ def check_counts(arguments: argparse.Namespace, names: Sequence[str]) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", help="Hugging Face folder or hub id (default: the demo)")
     parser.add_argument("--drafter", help="folder of a drafter (default: the demo's)")
     parser.add_argument("--prompt", help="one prompt")

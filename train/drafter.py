@@ -9,6 +9,7 @@ Shape letters: B rows, T tokens, A anchors, F frames, K labels, D width.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ class DrafterObjective:
         )
         _, taps, _ = self.lm.hidden(frozen, tokens, batch["lengths"], self.drafter.taps)
         pending = frozen["embedding"][jnp.take_along_axis(tokens, anchors, axis=1)]
-        hidden = self.drafter.network.apply(
+        hidden: Any = self.drafter.network.apply(
             {"params": params}, taps, pending, anchors, method="anchor_hidden"
         )
         blank, label = losses.chunked_frame_log_probs(

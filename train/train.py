@@ -54,12 +54,12 @@ def optimizer(config: Optim, steps: int) -> optax.GradientTransformation:
     )
 
 
-def make_step(objective, update: optax.GradientTransformation, mesh: jax.sharding.Mesh):
+def make_step(objective, update: optax.GradientTransformation, rows: NamedSharding):
     """The jitted training step: ``(state, frozen, batch, keys) -> (state, metrics)``.
 
-    ``batch`` leaves are [microbatches, rows, ...] and ``keys`` [microbatches, rows]; the rows are
-    split over the devices. Every device averages its gradients over its micro-batches, and they
-    meet in one sum per step. ``state`` is donated.
+    ``batch`` leaves are [microbatches, rows, ...] and ``keys`` [microbatches, rows], both sharded
+    as ``rows`` says. Every device averages its gradients over its micro-batches, and they meet in
+    one sum per step. ``state`` is donated.
     """
 
     def accumulate(params, frozen, batch, keys):
@@ -74,11 +74,10 @@ def make_step(objective, update: optax.GradientTransformation, mesh: jax.shardin
         metrics = jax.tree.map(jnp.mean, metrics)
         return jax.lax.pmean((grads, metrics), "data")
 
-    split = P(None, "data")
     accumulate = jax.shard_map(
         accumulate,
-        mesh=mesh,
-        in_specs=(P(), P(), split, split),
+        mesh=rows.mesh,
+        in_specs=(P(), P(), rows.spec, rows.spec),
         out_specs=P(),
         check_vma=False,  # the mean over devices is explicit, so none must be added to gradients
     )
@@ -125,7 +124,7 @@ def train(config: TrainConfig, objective, quiet: bool = False) -> dict:
         print(f"resumed from step {start} in {folder}", flush=True)
     log = Log(folder / "metrics.jsonl", start)
     microbatches = config.batch.rows // config.batch.microbatch
-    step_function = make_step(objective, update, rows.mesh)
+    step_function = make_step(objective, update, rows)
 
     # Leaving waits for the checkpoint in flight, also after an exception.
     with (

@@ -237,7 +237,7 @@ class TreeBuilder(Protocol):
         """N, root included."""
         ...
 
-    def __call__(self, log_probs, pending):
+    def __call__(self, log_probs, pending) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(tokens, parents, valid), each [N], of log_probs [F, V+1] and the pending token []."""
         ...
 
@@ -321,5 +321,5 @@ class CTCDrafter:
             "newest": jnp.take_along_axis(features, last[:, None, None], axis=1),
         }
 
-    def _apply(self, params: Params, method: str, *args):
+    def _apply(self, params: Params, method: str, *args) -> Any:
         return self.network.apply({"params": params}, *args, method=method)
