@@ -348,10 +348,10 @@ finally:
 
 def gradients(objective, microbatches: int):
     """Minus the update of one step of plain gradient descent with rate 1, and the metrics."""
-    mesh = program.shardings(4 // microbatches)[0].mesh
+    rows = program.shardings(4 // microbatches)[0]
     tokens, keys = objective.batch(0), jax.random.split(jax.random.key(3), 4)
     shape = (microbatches, 4 // microbatches)
-    step = program.make_step(objective, optax.sgd(1.0), mesh)
+    step = program.make_step(objective, optax.sgd(1.0), rows)
     params = objective.init(jax.random.key(1))
     state = {"params": jax.tree.map(jnp.copy, params), "optimizer": optax.sgd(1.0).init(params)}
     state, metrics = step(state, objective.frozen, tokens.reshape(*shape, -1), keys.reshape(shape))
