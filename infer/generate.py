@@ -40,6 +40,7 @@ class Result:
 
     ``accepted_length`` is in tokens per target pass, the target's own (bonus) token included, over
     every answer up to where it begins to loop (``data.before_loop``): loops are easy to draft.
+    ``accepted_length_without_loops`` is over the answers that never loop, None if all do.
     Tokens, rounds and times are those of whole answers.
     """
 
@@ -49,6 +50,7 @@ class Result:
     rounds: int
     accepted_length: float
     accepted_length_without_bonus: float
+    accepted_length_without_loops: float | None
     accepted_length_with_loops: float
     looping_share: float
     tokens_per_second: float
@@ -146,6 +148,7 @@ def measure(
 def summarise(tree_nodes: int, answers, seconds, baseline, baseline_seconds) -> Result:
     """The measurement of one tree size from ``measure``'s answers and seconds."""
     loops = [data.loop_share(answer.tokens) > _LOOPS for answer in answers]
+    whole = [answer for answer, loop in zip(answers, loops, strict=True) if not loop]
     fresh = [_before_loop(answer) for answer in answers]
     accepted = sum(n for n, _ in fresh) / sum(rounds for _, rounds in fresh)
     tokens = sum(len(answer.tokens) for answer in answers)
@@ -160,13 +163,18 @@ def summarise(tree_nodes: int, answers, seconds, baseline, baseline_seconds) -> 
         rounds=rounds,
         accepted_length=accepted,
         accepted_length_without_bonus=accepted - 1,
-        accepted_length_with_loops=tokens / rounds,
+        accepted_length_without_loops=_mean_length(whole) if whole else None,
+        accepted_length_with_loops=_mean_length(answers),
         looping_share=sum(loops) / len(loops),
         tokens_per_second=speed,
         baseline_tokens_per_second=plain,
         speedup=speed / plain if plain else None,
         identical=all(same) if baseline else None,
     )
+
+
+def _mean_length(answers: list[Generation]) -> float:
+    return sum(len(a.tokens) for a in answers) / sum(a.rounds for a in answers)
 
 
 def _before_loop(answer: Generation) -> tuple[int, int]:
@@ -189,6 +197,7 @@ def table(results: list[Result]) -> str:
         ("rounds (target passes)", [str(r.rounds) for r in results]),
         ("mean accepted length", [show(r.accepted_length) for r in results]),
         ("  without the bonus token", [show(r.accepted_length_without_bonus) for r in results]),
+        ("  of answers without loops", [show(r.accepted_length_without_loops) for r in results]),
         ("  loops included", [show(r.accepted_length_with_loops) for r in results]),
         ("share of answers that loop", [f"{r.looping_share:.0%}" for r in results]),
         ("tokens/s", [show(r.tokens_per_second, 1) for r in results]),

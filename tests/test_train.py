@@ -518,6 +518,18 @@ def test_drafter_learns_and_its_target_does_not(pair, whole):
     assert record["data"] == {"answers": 12, "answer_tokens": 240}
 
 
+def test_interrupted_drafter_run_continues_as_if_nothing_had_happened(pair, workplace):
+    """Its anchors are drawn with keys, which must depend on the step and not on the start."""
+    whole, objective, _, _ = pair
+    folder = workplace / "interrupted_drafter"
+    run_section = dataclasses.replace(objective.config.run, folder=str(folder))
+    config = dataclasses.replace(objective.config, run=run_section)
+    with pytest.raises(Interrupted):
+        program.train(config, stop_at(objective, 15), quiet=True)
+    program.train(config, objective, quiet=True)
+    assert_same_run(folder, whole)
+
+
 def test_drafter_folder_says_what_it_is(pair, whole, workplace):
     folder, objective, _, record = pair
     config = json.loads((folder / "export" / "config.json").read_text())

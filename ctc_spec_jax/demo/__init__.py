@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pathlib
 
-TREE_NODES = 16
-"""Default tree size of the demo pair: three tokens and more per target pass."""
+TREE_NODES = 8
+"""Tree size that decodes the demo pair fastest on two CPU cores."""
 
 _HERE = pathlib.Path(__file__).parent
 
