@@ -83,9 +83,13 @@ class Engine:
         engine = cls(lm, params, tokenizer)
         return engine if drafter is None else engine.with_drafter(drafter, tree_nodes, dtype)
 
-    def with_drafter(self, folder: str, tree_nodes: int, dtype=jnp.float32) -> Engine:
-        """The same target with the drafter of a folder and a tree of ``tree_nodes`` nodes."""
-        drafter, params = recipes.load_drafter(folder, self.lm, self.tokenizer, tree_nodes, dtype)
+    def with_drafter(
+        self, folder: str, tree_nodes: int, dtype=jnp.float32, tree: str = "prefix"
+    ) -> Engine:
+        """The same target with a drafter of a folder; see ``recipes.load_drafter`` for ``tree``."""
+        drafter, params = recipes.load_drafter(
+            folder, self.lm, self.tokenizer, tree_nodes, dtype, tree
+        )
         return dataclasses.replace(self, drafter=drafter, draft_params=params)
 
     def plain(self) -> Engine:

@@ -261,6 +261,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--tree-nodes", type=int, nargs="+", default=[demo.TREE_NODES], help="one or more sizes"
     )
+    parser.add_argument(
+        "--tree",
+        choices=("prefix", "transform"),
+        default="prefix",
+        help="the most probable prefixes, or the published static template",
+    )
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     parser.add_argument("--compare", action="store_true", help="also decode plainly")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each prompt")
@@ -306,7 +312,7 @@ def main() -> None:
 
     results = []
     for nodes in arguments.tree_nodes:
-        sized = engine.with_drafter(folder, nodes, dtype)
+        sized = engine.with_drafter(folder, nodes, dtype, arguments.tree)
         baseline = sized.plain() if arguments.compare else None
         answers, seconds = measure(
             sized, baseline, prompts, arguments.max_new_tokens, arguments.repeats

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctc_spec_jax.decode import Loop, decode
+from ctc_spec_jax.decode import Loop, NoDraft, decode
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.types import NO_PARENT, NO_TOKEN, DraftTree
@@ -64,6 +64,16 @@ def run(lm, params, drafter, draft_params, prompts, lengths, new_tokens, stops=N
 
 
 jitted_decode = jax.jit(decode, static_argnums=0)
+
+
+def plain_text(lm, params, prompts, lengths, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Plain greedy answers [B, T], and prompts with answers [B, S], S past every answer."""
+    plain = np.asarray(run(lm, params, NoDraft(), (), prompts, lengths, new_tokens).tokens)
+    truth = np.zeros((len(prompts), prompts.shape[1] + new_tokens + 8), np.int32)
+    for row, n in enumerate(lengths):
+        truth[row, :n] = prompts[row, :n]
+        truth[row, n : n + new_tokens] = plain[row]
+    return plain, truth
 
 
 def reference_greedy(lm, params, prompt, new_tokens: int) -> list[int]:

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctc_spec_jax.decode import NoDraft
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config, published
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.tree.ctc_transform import TransformTree, default_template
 from ctc_spec_jax.types import DraftTree
-from tests.helpers import VOCAB, ragged_prompts, run, tiny_target
+from tests.helpers import VOCAB, plain_text, ragged_prompts, run, tiny_target
 
 NEW = 20
 FRAMES = 6
@@ -73,12 +72,7 @@ TREES = {
 def setting():
     lm, params = tiny_target()
     prompts, lengths = ragged_prompts(7, (4, 9, 2, 6))
-    plain = run(lm, params, NoDraft(), (), prompts, lengths, NEW)
-    truth = np.zeros((4, prompts.shape[1] + NEW + 8), np.int32)
-    for row, n in enumerate(lengths):
-        truth[row, :n] = prompts[row, :n]
-        truth[row, n : n + NEW] = plain.tokens[row]
-    return lm, params, prompts, lengths, np.asarray(plain.tokens), truth
+    return lm, params, prompts, lengths, *plain_text(lm, params, prompts, lengths, NEW)
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 4.0, 9.0])

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from ctc_spec_jax import accept, decode, verify
-from ctc_spec_jax.decode import Loop, NoDraft
+from ctc_spec_jax.decode import Loop
 from ctc_spec_jax.models import kv_cache
 from ctc_spec_jax.tree import topology
 from ctc_spec_jax.tree.ctc_transform import TransformTree, default_template
 from ctc_spec_jax.types import NO_TOKEN
-from tests.helpers import ragged_prompts, run, tiny_target
+from tests.helpers import plain_text, ragged_prompts, tiny_target
 from tests.test_ctc import OracleLattice
 
 NEW = 24
@@ -29,12 +29,7 @@ def setting():
     """Target, prompts, plain text and the truth that the lattices spell."""
     lm, params = tiny_target()
     prompts, lengths = ragged_prompts(7, (4, 9, 2, 6))
-    plain = run(lm, params, NoDraft(), (), prompts, lengths, NEW)
-    truth = np.zeros((4, prompts.shape[1] + NEW + 8), np.int32)
-    for row, n in enumerate(lengths):
-        truth[row, :n] = prompts[row, :n]
-        truth[row, n : n + NEW] = plain.tokens[row]
-    return lm, params, prompts, lengths, np.asarray(plain.tokens), truth
+    return lm, params, prompts, lengths, *plain_text(lm, params, prompts, lengths, NEW)
 
 
 def _decode(setting):
