@@ -256,7 +256,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--drafter", help="folder of a drafter (default: the demo's)")
     parser.add_argument("--prompt", help="one prompt")
     parser.add_argument("--prompts", help="JSONL file with 'prompt' or 'turns'")
-    parser.add_argument("--num-prompts", type=int, default=8, help="held-out prompts to take")
+    parser.add_argument("--num-prompts", type=int, default=24, help="held-out prompts to take")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument(
         "--tree-nodes", type=int, nargs="+", default=[demo.TREE_NODES], help="one or more sizes"

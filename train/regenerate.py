@@ -85,6 +85,12 @@ def main() -> None:
         raise InputError(f"--out: expected a writable folder, found {out.parent}")
     use_compilation_cache()
     lm, params, tokenizer = recipes.load_target(arguments.target)
+    room = tokenizer.model_max_length - max(arguments.prompt_lengths)
+    if not 1 <= arguments.new_tokens <= room:
+        raise InputError(
+            f"--new-tokens: expected 1..{room}, so that the longest prompt and its answer fit the "
+            f"target's {tokenizer.model_max_length} positions, found {arguments.new_tokens}"
+        )
     texts, _ = data.corpus(tuple(arguments.sources), arguments.heldout, arguments.max_bytes)
     tokens = data.tokenize(tokenizer, texts)
     shortest, longest = arguments.prompt_lengths
