@@ -237,7 +237,8 @@ def main() -> None:
     result = compare(engine, folder, prompts, arguments.max_new_tokens, arguments.repeats)
     print(report(result))
     if arguments.json:
-        write_document(arguments.json, dataclasses.asdict(result))
+        named = {"target": arguments.target or "demo"}  # a folder of this machine says nothing
+        write_document(arguments.json, dataclasses.asdict(result) | named)
 
 
 if __name__ == "__main__":

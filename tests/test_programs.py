@@ -223,6 +223,13 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 }
 
 
+def test_a_tokenizer_that_transformers_would_make_up(tmp_path):
+    """For this family it answers a folder without tokenizer files with an empty tokenizer."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(InputError, match="target: expected tokenizer files in .*, found none"):
+        recipes.load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_broken_folders(pair, sentence, tmp_path, name):
     spoil, pattern = MISTAKES[name]
@@ -322,7 +329,10 @@ def test_regeneration_refuses(pair, sentence, tmp_path):
             r"--count: expected a multiple of --rows \(64\), found 65",
         ),
         (
-            ("--target", pair.target, "--out", out, "--sources", "no_such_package"),
+            (
+                *("--target", pair.target, "--out", out, "--sources", "no_such_package"),
+                *("--new-tokens", "8", "--prompt-lengths", "4", "16"),
+            ),
             r"data\.sources: expected an installed package, found 'no_such_package'",
         ),
     ):
