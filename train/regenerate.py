@@ -81,7 +81,7 @@ def main() -> None:
             f"--count: expected a multiple of --rows ({arguments.rows}), found {arguments.count}"
         )
     out = pathlib.Path(arguments.out)
-    if not os.access(out.parent, os.W_OK):
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
         raise InputError(f"--out: expected a writable folder, found {out.parent}")
     use_compilation_cache()
     lm, params, tokenizer = recipes.load_target(arguments.target)
