@@ -1,6 +1,7 @@
-"""Step 3: write the accepted tokens, commit cache rows, apply stops and budgets.
+"""Step 3: cut at stops and budgets, write the tokens, note what is to be known of them.
 
-Shape letters: B batch, N tree nodes, M max depth, S cache slots, X stop tokens, R rounds.
+Shape letters: B batch, N tree nodes, M max depth, S cache slots, T new tokens, X stop tokens,
+R rounds, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,14 +10,25 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ctc_spec_jax.logits import token_log_probs
 from ctc_spec_jax.types import (
+    CACHE_FULL,
+    MATCHED,
     OUT_OF_BUDGET,
+    ROOT,
     RUNNING,
     STOPPED,
+    STOPPED_BY_STRING,
     Acceptance,
     DecodeState,
     DraftTree,
+    KnownTokens,
+    Law,
+    Record,
+    Request,
+    Sampling,
     Stats,
 )
 
@@ -33,44 +45,155 @@ def emitted_tokens(tree: DraftTree, acceptance: Acceptance):
     return jnp.where(index == acceptance.length[:, None] - 1, own, tokens)
 
 
-def cut(tokens, acceptance: Acceptance, state: DecodeState) -> tuple[Acceptance, jax.Array]:
-    """Shorten the acceptance at the first stop token and at the row's budget.
+def cut(tokens, acceptance: Acceptance, state: DecodeState, request: Request):
+    """Shorten the acceptance at the first stop and at the row's limit.
 
     Args:
       tokens: int32 [B, M+1], see ``emitted_tokens``.
       acceptance: what the verifier kept.
       state: the carry before the round.
+      request: of every row.
 
     Returns:
-      The acceptance with the number of tokens that are kept (0 for a finished row), and the
-      finish reason int32 [B] after the round. A stop token is kept; it wins over the budget.
+      The acceptance with the number of tokens that are kept (0 for a finished row), the finish
+      reason int32 [B] after the round, and the state of the stop-string automata. The token that
+      stops a row is kept; a stop wins over the limit, and a stop token over a string.
     """
     running = state.finish == RUNNING
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    is_stop = jnp.any(tokens[:, :, None] == state.stops[:, None, :], axis=-1)
+    ends = jnp.any(tokens[:, :, None] == request.stops[:, None, :], axis=-1)
+    strings = _string_states(tokens, state, request)
+    completes = jnp.zeros_like(ends) if strings is None else strings == MATCHED
     room = state.limit - state.length - 1
     count = jnp.minimum(acceptance.length, room)
-    is_stop &= index < count[:, None]
-    stopped = jnp.any(is_stop, axis=1) & running
-    count = jnp.where(stopped, jnp.argmax(is_stop, axis=1).astype(jnp.int32) + 1, count)
-    count = jnp.where(running, count, 0)
-    full = running & (count == room)
-    reason = jnp.where(stopped, STOPPED, jnp.where(full, OUT_OF_BUDGET, state.finish))
-    return dataclasses.replace(acceptance, length=count), reason.astype(jnp.int32)
+    stops = (ends | completes) & (index < count[:, None])
+    first = jnp.argmax(stops, axis=1).astype(jnp.int32)
+    stopped = jnp.any(stops, axis=1) & running
+    count = jnp.where(running, jnp.where(stopped, first + 1, count), 0)
+
+    by_token = jnp.take_along_axis(ends, first[:, None], axis=1)[:, 0]
+    within = state.limit == state.prompt_length + request.max_new_tokens
+    reason = jnp.where(within, OUT_OF_BUDGET, CACHE_FULL)
+    reason = jnp.where(running & (count == room), reason, state.finish)
+    reason = jnp.where(stopped, jnp.where(by_token, STOPPED, STOPPED_BY_STRING), reason)
+    if strings is not None:
+        kept = jnp.take_along_axis(strings, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+        strings = jnp.where(count > 0, kept, state.stop_state)
+    return dataclasses.replace(acceptance, length=count), reason.astype(jnp.int32), strings
+
+
+def _string_states(tokens, state: DecodeState, request: Request):
+    """States of the automata after each token, int32 [B, M+1]; None where there are none."""
+    if request.stop_strings is None or state.stop_state is None:
+        return None
+    states = [state.stop_state]
+    for i in range(tokens.shape[1]):
+        states.append(request.stop_strings.table[states[-1], tokens[:, i]])
+    return jnp.stack(states[1:], axis=1)
 
 
 def write_tokens(tokens, new, length):
     """Write ``new`` [B, M+1] behind the known tokens of each row; garbage ends up past the end."""
-
-    def write(row, values, start):
-        return jax.lax.dynamic_update_slice(row, values, (start + 1,))
-
-    return jax.vmap(write)(tokens, new, length)
+    return _write(tokens, new, length + 1)
 
 
-def count_round(stats: Stats, count) -> Stats:
-    """Add one round that kept ``count`` [B] tokens; rows that kept none were finished."""
+def count_round(stats: Stats, tree: DraftTree, depth, count, own_kept) -> Stats:
+    """Add one round that kept ``count`` [B] tokens; rows that kept none were finished.
+
+    ``own_kept`` bool [B]: the last of them is the target's own. ``depth`` int32 [B, N].
+    """
     index = jnp.arange(stats.emitted.shape[1], dtype=jnp.int32)[None]
     here = index == stats.rounds[:, None]
     emitted = stats.emitted + jnp.where(here, count[:, None], 0)
-    return Stats(stats.rounds + (count > 0).astype(jnp.int32), emitted)
+    running = count > 0
+    levels = jnp.arange(1, stats.drafted.shape[1] + 1, dtype=jnp.int32)[None]
+    offered = tree.valid & (jnp.arange(depth.shape[1]) > ROOT)[None] & running[:, None]
+    at_level = offered[:, :, None] & (depth[:, :, None] == levels[:, None])
+    accepted = levels <= (count - own_kept.astype(jnp.int32))[:, None]
+    return Stats(
+        stats.rounds + running.astype(jnp.int32),
+        emitted,
+        stats.drafted + jnp.sum(at_level, axis=1, dtype=jnp.int32),
+        stats.accepted + accepted.astype(jnp.int32),
+    )
+
+
+def note(record: Record, new, state: DecodeState, path, from_draft, law: Law) -> Record:
+    """Write what is asked for about the tokens ``new`` int32 [B, M+1] of a round.
+
+    ``path`` int32 [B, M+1] holds the node after which each was emitted, ``from_draft`` bool
+    [B, M+1] whether it was drafted; entries past the kept ones are garbage behind the record.
+    """
+    start = state.length + 1 - state.prompt_length
+    drafted = _write(record.from_draft, from_draft, start)
+    if record.logprobs is None:
+        return dataclasses.replace(record, from_draft=drafted)
+    on_path = jnp.take_along_axis(law.logits, path[..., None], axis=1)  # [B, M+1, V]
+    scores = token_log_probs(Law(on_path))
+    own = jnp.take_along_axis(scores, new[..., None], axis=2)[..., 0]
+    record = Record(
+        drafted, _write(record.logprobs, own, start), record.top_ids, record.top_logprobs
+    )
+    if record.top_ids is None or record.top_logprobs is None:
+        return record
+    values, ids = jax.lax.top_k(scores, record.top_ids.shape[-1])
+    return dataclasses.replace(
+        record,
+        top_ids=_write(record.top_ids, ids, start),
+        top_logprobs=_write(record.top_logprobs, values, start),
+    )
+
+
+def no_rounds(batch: int, capacity: int, depth: int) -> Stats:
+    """Counters before the first round; R = ``capacity``, M = ``depth``."""
+
+    def zeros(*shape):
+        return jnp.zeros((batch, *shape), jnp.int32)
+
+    return Stats(zeros(), zeros(capacity), zeros(depth), zeros(depth))
+
+
+def blank_record(batch: int, size: int, top: int | None) -> Record:
+    """A record of ``size`` tokens; ``top`` as ``top_logprobs`` of ``decode.Loop``."""
+    drafted = jnp.zeros((batch, size), bool)
+    if top is None:
+        return Record(drafted)
+    logprobs = jnp.zeros((batch, size), jnp.float32)
+    if top == 0:
+        return Record(drafted, logprobs)
+    ids = jnp.zeros((batch, size, top), jnp.int32)
+    return Record(drafted, logprobs, ids, jnp.zeros(ids.shape, jnp.float32))
+
+
+def known_prompt(sampling: Sampling, tokens, prompt_lengths, vocab_size: int) -> KnownTokens:
+    """Counts before the first new token, of what the penalties of this batch ask for."""
+    batch, size = tokens.shape
+    generated = seen = None
+    if sampling.presence_penalty is not None or sampling.frequency_penalty is not None:
+        generated = jnp.zeros((batch, vocab_size), jnp.int32)
+    if sampling.repetition_penalty is not None:
+        rows = np.arange(batch)[:, None]
+        prompt = jnp.arange(size, dtype=jnp.int32)[None] < prompt_lengths[:, None]
+        seen = jnp.zeros((batch, vocab_size), bool).at[rows, tokens].max(prompt)
+    return KnownTokens(generated, seen)
+
+
+def know(known: KnownTokens, new, count) -> KnownTokens:
+    """Add the first ``count`` [B] of the tokens ``new`` int32 [B, M+1] of a round."""
+    kept = jnp.arange(new.shape[1], dtype=jnp.int32)[None] < count[:, None]
+    rows = np.arange(new.shape[0])[:, None]
+    generated, seen = known.generated, known.seen
+    if generated is not None:
+        generated = generated.at[rows, new].add(kept.astype(jnp.int32))
+    if seen is not None:
+        seen = seen.at[rows, new].max(kept)
+    return KnownTokens(generated, seen)
+
+
+def _write(array, values, start):
+    """``values`` [B, M+1, ...] into ``array`` [B, T, ...] from ``start`` [B] on, row by row."""
+
+    def write(row, new, at):
+        return jax.lax.dynamic_update_slice(row, new, (at, *[0] * (row.ndim - 1)))
+
+    return jax.vmap(write)(array, values.astype(array.dtype), start)

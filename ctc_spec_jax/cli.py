@@ -1,7 +1,8 @@
-"""What every program does: one-sentence errors with exit status 2, a compilation cache."""
+"""What programs share: one-sentence errors with exit status 2, a compilation cache, options."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.metadata
 import os
@@ -9,10 +10,25 @@ import pathlib
 import platform
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
+from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.streaming import Piece
+
+_NUMBERS = {
+    "temperature": (float, "0 is greedy (default)"),
+    "top-k": (int, "draw from the k most probable tokens"),
+    "top-p": (float, "draw from the smallest set of tokens with that much mass"),
+    "min-p": (float, "draw from tokens at least that probable beside the best one"),
+    "repetition-penalty": (float, "above 1 discourages tokens that have occurred"),
+    "presence-penalty": (float, "taken from the logits of tokens that were generated"),
+    "frequency-penalty": (float, "likewise, for every time"),
+    "min-new-tokens": (int, "hold stop tokens back until then"),
+    "draft-depth": (int, "use drafted tokens down to this depth"),
+}
 
 
 def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
@@ -43,3 +59,59 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     print(f"compiled programs are kept in {folder}", file=sys.stderr)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Flags for the options of a decode; see ``options.Options``."""
+    group = parser.add_argument_group("options of the answer")
+    for name, (kind, text) in _NUMBERS.items():
+        group.add_argument(f"--{name}", type=kind, help=text)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help=r"stop string, repeatable; \n is a newline"
+    )
+    group.add_argument("--bad-words", nargs="+", metavar="WORD", help="words not to write")
+    group.add_argument("--logit-bias", nargs="+", metavar="TOKEN=BIAS", help="ids with biases")
+    group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-text tokens")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def option_fields(arguments: argparse.Namespace, engine: Engine) -> dict[str, Any]:
+    """The options that were given, by their names in ``Options``, one value each.
+
+    Raises:
+      InputError: a bias that is no number.
+    """
+    names = [name.replace("-", "_") for name in _NUMBERS]
+    fields = {name: getattr(arguments, name) for name in names}
+    fields["max_new_tokens"] = arguments.max_new_tokens
+    if arguments.stop is not None:
+        texts = [text.replace("\\n", "\n").replace("\\t", "\t") for text in arguments.stop]
+        fields["stop_strings"] = texts
+    if arguments.bad_words:
+        fields["bad_words_ids"] = engine.phrase_ids(arguments.bad_words)
+    if arguments.logit_bias:
+        fields["logit_bias"] = dict(map(_bias, arguments.logit_bias))
+    if arguments.ignore_eos:
+        fields["ignore_eos"] = True
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        raise InputError(f"--logit-bias: expected TOKEN=BIAS, found {text!r}") from error
+
+
+def painted(engine: Engine, piece: Piece) -> str:
+    """The text of a piece, drafted tokens in green where standard output is a terminal."""
+    if not sys.stdout.isatty():
+        return piece.text
+    parts, before = [], ""
+    for index, drafted in enumerate(piece.from_draft, 1):
+        text = engine.decode_text(piece.tokens[:index])
+        new = text[len(before) :]
+        parts.append(f"\033[32m{new}\033[0m" if drafted else new)
+        before = text
+    return "".join(parts)

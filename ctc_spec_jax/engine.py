@@ -1,4 +1,4 @@
-"""The host side for notebooks and programs: load, tokenise, bucket, jit once, stream, detokenise.
+"""The host side for notebooks and programs: load, tokenise, bucket, jit once, detokenise.
 
 Shape letters: B batch, T prompt tokens.
 """
@@ -6,7 +6,6 @@ Shape letters: B batch, T prompt tokens.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,35 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctc_spec_jax import demo, recipes, xla
-from ctc_spec_jax.decode import Loop, NoDraft, advance, decode, start
+from ctc_spec_jax import decode as loop_of
+from ctc_spec_jax import demo, memory, options, recipes, stops, streaming, xla
+from ctc_spec_jax.decode import Loop, NoDraft
 from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.generation import Generation, generation_of
 from ctc_spec_jax.models.decoder import DecoderLM
-from ctc_spec_jax.types import NO_TOKEN, Drafter, GenerateOutput, Params
-from ctc_spec_jax.verify import Greedy
+from ctc_spec_jax.options import Options
+from ctc_spec_jax.types import Drafter, GenerateOutput, Params, Request, Verifier
+from ctc_spec_jax.verify import TargetSample
 
-_BUCKET = 32
-"""Prompts are padded to a multiple of this, so that one program serves many lengths."""
-
-FINISH = ("running", "stop", "length")
-"""Names of the finish reasons, by their number."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """One decoded answer. ``emitted[r]`` is the number of tokens kept from round r."""
-
-    text: str
-    tokens: list[int]
-    finish: str
-    rounds: int
-    emitted: list[int]
-    seconds: float
-
-    @property
-    def accepted_length(self) -> float:
-        """Tokens per target pass, the target's own (bonus) token included."""
-        return len(self.tokens) / max(self.rounds, 1)
+Prompts = Sequence[str] | Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +32,9 @@ class Engine:
     """A target, its tokenizer and a drafter, ready to decode.
 
     ``drafter`` is ``NoDraft()`` for plain decoding; ``with_drafter`` and ``plain`` make siblings
-    that share the parameters.
+    that share the parameters. ``verifier`` is the rule that keeps or refuses drafts; the default
+    is exact for every drafter whose trees are fixed before the target speaks. ``stop_ids`` end a
+    row: those of ``generation_config.json``, or the tokenizer's end-of-text token.
     """
 
     lm: DecoderLM
@@ -59,6 +42,8 @@ class Engine:
     tokenizer: Any
     drafter: Drafter = dataclasses.field(default_factory=NoDraft)
     draft_params: Params = ()
+    verifier: Verifier = dataclasses.field(default_factory=TargetSample)
+    stop_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_pretrained(
@@ -80,7 +65,8 @@ class Engine:
         if target is None:
             target, drafter = str(demo.target_folder()), drafter or str(demo.drafter_folder())
         lm, params, tokenizer = recipes.load_target(target, dtype, revision)
-        engine = cls(lm, params, tokenizer)
+        ends = recipes.stop_ids(target, tokenizer, revision)
+        engine = cls(lm, params, tokenizer, stop_ids=ends)
         return engine if drafter is None else engine.with_drafter(drafter, tree_nodes, dtype)
 
     def with_drafter(
@@ -96,88 +82,145 @@ class Engine:
         """The same target decoding plainly."""
         return dataclasses.replace(self, drafter=NoDraft(), draft_params=())
 
-    def decode_function(self, max_new_tokens: int) -> Callable[..., GenerateOutput]:
+    def decode_function(
+        self, max_new_tokens: int, logprobs: int | None = None, **fields: Any
+    ) -> Callable[..., GenerateOutput]:
         """The whole decode as one jitted function.
+
+        Args:
+          max_new_tokens: T of the output.
+          logprobs: as in ``generate``.
+          **fields: of ``Options``.
 
         Returns:
           ``decode(params, draft_params, prompt_tokens, prompt_lengths, key) -> GenerateOutput``
-          with prompt_tokens int32 [B, T] right-padded and prompt_lengths int32 [B]. Rows end at
-          the tokenizer's end-of-text token or after ``max_new_tokens``.
+          with prompt_tokens int32 [B, T] right-padded, prompt_lengths int32 [B], and a typed key
+          or one per row.
         """
-        loop, end = self._loop(max_new_tokens), self._stops()
+        loop = self.loop(max_new_tokens, logprobs)
 
         def function(params, draft_params, prompt_tokens, prompt_lengths, key):
             batch = prompt_tokens.shape[0]
-            budget = jnp.full((batch,), max_new_tokens, jnp.int32)
-            stops = jnp.tile(jnp.asarray(end, jnp.int32)[None], (batch, 1))
-            return _jitted(decode)(
-                loop, params, draft_params, prompt_tokens, prompt_lengths, key, budget, stops
+            rows = options.per_row(batch, {"max_new_tokens": max_new_tokens, **fields})
+            request = self.request(rows, loop_of.row_keys(key, batch))
+            return xla.jitted(loop_of.decode)(
+                loop, params, draft_params, prompt_tokens, prompt_lengths, request
             )
 
         return function
 
     def generate(
-        self, prompts: Sequence[str] | Sequence[Sequence[int]], max_new_tokens: int, seed: int = 0
+        self,
+        prompts: Prompts,
+        max_new_tokens: int | Sequence[int] = 128,
+        seed: int | Sequence[int] = 0,
+        logprobs: int | None = None,
+        **fields: Any,
     ) -> list[Generation]:
         """Answers of a batch of prompts, texts or token ids; waits for the device.
 
-        ``seconds`` of each answer is the time of the whole batch, compilation included where it
-        happens.
+        Args:
+          prompts: of any lengths.
+          max_new_tokens: of all rows, or one per row.
+          seed: of the batch, or one per row. A row's answer depends on its own prompt, options and
+            seed alone; row 0 of a batch with seed s is the answer to its prompt with seed s.
+          logprobs: None for none, 0 for those of the answer's tokens, n for the n best too.
+          **fields: of ``Options``: one value, or a sequence of one per row.
+
+        Returns:
+          One answer per prompt. ``seconds`` is the time of the whole batch, compilation included
+          where it happens.
+
+        Raises:
+          InputError: bad prompts or options, or a batch that does not fit the memory.
         """
-        tokens, lengths = self.encode(prompts, max_new_tokens)
+        rows = options.per_row(len(prompts), {"max_new_tokens": max_new_tokens, **fields})
+        tokens, lengths = self.encode(prompts, [row.max_new_tokens for row in rows])
+        loop = self.loop(xla.bucket(max(row.max_new_tokens for row in rows)), logprobs)
+        request = self.request(rows, seed_keys(seed, len(rows)))
+        self._check_memory(loop, tokens, lengths, request)
         began = time.perf_counter()
-        result = self.decode_function(max_new_tokens)(
-            self.params, self.draft_params, tokens, lengths, jax.random.key(seed)
+        result = xla.jitted(loop_of.decode)(
+            loop, self.params, self.draft_params, tokens, lengths, request
         )
         result = jax.device_get(result)
         seconds = time.perf_counter() - began
-        return [self._generation(result, row, seconds) for row in range(len(prompts))]
+        return [
+            generation_of(result, index, self.decode_text, row.stop_strings or (), seconds)
+            for index, row in enumerate(rows)
+        ]
+
+    def compile_ahead(
+        self,
+        prompt_length: int,
+        max_new_tokens: int = 128,
+        batch: int = 1,
+        logprobs: int | None = None,
+        **fields: Any,
+    ) -> None:
+        """Compile what ``generate`` will need, so that its first call starts at once.
+
+        Args:
+          prompt_length: longest prompt; shorter ones of the same bucket need no other program.
+          max_new_tokens: likewise.
+          batch: B.
+          logprobs: as in ``generate``.
+          **fields: of ``Options``. Which options are used at all decides the program, not their
+            values; stop strings and phrases also by their number.
+        """
+        rows = options.per_row(batch, {"max_new_tokens": max_new_tokens, **fields})
+        loop = self.loop(xla.bucket(max_new_tokens), logprobs)
+        request = self.request(rows, seed_keys(0, batch))
+        tokens = np.zeros((batch, xla.bucket(prompt_length)), np.int32)
+        lengths = np.full((batch,), prompt_length, np.int32)
+        self._check_memory(loop, tokens, lengths, request)
+        # A row without a budget is finished before its first round.
+        request = dataclasses.replace(request, max_new_tokens=np.zeros((batch,), np.int32))
+        function = xla.jitted(loop_of.decode)
+        jax.block_until_ready(
+            function(loop, self.params, self.draft_params, tokens, lengths, request)
+        )
 
     def stream(
-        self, prompt: str | Sequence[int], max_new_tokens: int, rounds: int = 4, seed: int = 0
-    ) -> Iterator[str]:
-        """Pieces of one answer's text, one after every ``rounds`` rounds.
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 128,
+        rounds: int = 4,
+        seed: int = 0,
+        **fields: Any,
+    ) -> Iterator[streaming.Piece]:
+        """Pieces of one answer, one after every ``rounds`` rounds; ``str(piece)`` is its text.
 
-        The state stays on the device and is donated from chunk to chunk.
+        The state stays on the device and is donated from chunk to chunk; the text is that of
+        ``generate`` with the same seed.
+
+        Raises:
+          InputError: as ``generate``.
         """
-        tokens, lengths = self.encode([prompt], max_new_tokens)
-        loop = self._loop(max_new_tokens)
-        budget = np.full((1,), max_new_tokens, np.int32)
-        stops = np.asarray([self._stops()], np.int32)
-        state = _jitted(start)(
-            loop,
-            self.params,
-            self.draft_params,
-            tokens,
-            lengths,
-            jax.random.key(seed),
-            budget,
-            stops,
+        rows = options.per_row(1, {"max_new_tokens": max_new_tokens, **fields})
+        tokens, lengths = self.encode([prompt], [max_new_tokens])
+        loop = self.loop(xla.bucket(max_new_tokens))
+        request = self.request(rows, seed_keys(seed, 1))
+        self._check_memory(loop, tokens, lengths, request)
+        state = xla.jitted(loop_of.start)(
+            loop, self.params, self.draft_params, tokens, lengths, request
         )
-        first, shown, running = int(lengths[0]), "", True
-        while running:
-            state = _jitted(advance, 3)(
-                loop, self.params, self.draft_params, state, np.int32(rounds)
-            )
-            running = int(state.finish[0]) == 0
-            new = np.asarray(state.tokens)[0, first : int(state.length[0]) + 1]
-            text = self.decode_text(new)
-            # A piece that ends inside a multi-byte character waits for its rest.
-            if text.startswith(shown) and (not running or not text.endswith("\ufffd")):
-                yield text[len(shown) :]
-                shown = text
+        return streaming.pieces(self, loop, state, request, rounds)
 
-    def encode(self, prompts, max_new_tokens: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Right-padded token ids int32 [B, T], T a multiple of the bucket, and lengths [B].
+    def encode(
+        self, prompts: Prompts, max_new_tokens: int | Sequence[int] = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Right-padded token ids int32 [B, T], T the size of a bucket, and lengths [B].
 
         Raises:
           InputError: no prompt, or one without a token, with a token that the target does not
             have, or that leaves no room for ``max_new_tokens`` among the target's positions.
         """
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
         if not prompts:
             raise InputError("prompts: expected at least one, found none")
+        budgets = np.broadcast_to(np.asarray(max_new_tokens), (len(prompts),)).tolist()
+        if min(budgets) < 1:
+            raise InputError(f"max_new_tokens: expected at least 1, found {min(budgets)}")
         rows = [
             # Not verbose: a prompt that is too long is reported once, below.
             self.tokenizer(prompt, verbose=False)["input_ids"]
@@ -185,10 +228,9 @@ class Engine:
             else list(prompt)
             for prompt in prompts
         ]
-        for index, row in enumerate(rows):
-            self._check_prompt(index, row, max_new_tokens)
-        width = -(-max(len(row) for row in rows) // _BUCKET) * _BUCKET
-        tokens = np.zeros((len(rows), width), np.int32)
+        for index, (row, budget) in enumerate(zip(rows, budgets, strict=True)):
+            self._check_prompt(index, row, budget)
+        tokens = np.zeros((len(rows), xla.bucket(max(len(row) for row in rows))), np.int32)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = row
         return tokens, np.asarray([len(row) for row in rows], np.int32)
@@ -197,25 +239,37 @@ class Engine:
         """Text of token ids, special tokens left out."""
         return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
 
-    def _generation(self, result: GenerateOutput, row: int, seconds: float) -> Generation:
-        tokens = np.asarray(result.tokens)[row, : int(result.lengths[row])].tolist()
-        rounds = int(result.stats.rounds[row])
-        emitted = np.asarray(result.stats.emitted)[row, :rounds].tolist()
-        finish = FINISH[int(result.finish[row])]
-        return Generation(self.decode_text(tokens), tokens, finish, rounds, emitted, seconds)
+    def phrase_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Token ids of words as they stand at the start of a text and after a space."""
+        spellings = [spelling for word in words for spelling in (word, " " + word)]
+        return [self.tokenizer(s, add_special_tokens=False)["input_ids"] for s in spellings]
 
-    def _loop(self, max_new_tokens: int) -> Loop:
-        return Loop(self.lm, self.drafter, Greedy(), max_new_tokens, self._pad())
+    def loop(self, capacity: int, logprobs: int | None = None, slots: int = 0) -> Loop:
+        """The static parts of a decode; see ``decode.Loop``."""
+        if logprobs is not None and not 0 <= logprobs <= self.lm.vocab_size:
+            raise InputError(
+                f"logprobs: expected 0 to {self.lm.vocab_size} or None, found {logprobs}"
+            )
+        pad = self.tokenizer.pad_token_id or 0
+        return Loop(self.lm, self.drafter, self.verifier, capacity, pad, logprobs, slots)
 
-    def _pad(self) -> int:
-        return self.tokenizer.pad_token_id or 0
+    def request(self, rows: Sequence[Options], keys) -> Request:
+        """Arrays of the options of every row."""
+        return options.build_request(
+            rows,
+            keys,
+            self.stop_ids,
+            self.lm.vocab_size,
+            lambda: _pieces_of(self.tokenizer, self.lm.vocab_size),
+        )
 
-    def _stops(self) -> tuple[int, ...]:
-        end = self.tokenizer.eos_token_id
-        return (NO_TOKEN if end is None else end,)
+    def _check_memory(self, loop: Loop, tokens, lengths, request: Request) -> None:
+        needed = memory.decode_bytes(loop, self.params, self.draft_params, tokens, lengths, request)
+        slots = loop.num_slots(tokens.shape[1])
+        memory.check(needed, len(tokens), f"caches of {slots} slots each")
 
     def _check_prompt(self, index: int, row: list[int], max_new_tokens: int) -> None:
-        vocab, positions = self.lm.config.vocab_size, self.tokenizer.model_max_length
+        vocab, positions = self.lm.vocab_size, self.tokenizer.model_max_length
         if not row:
             raise InputError(f"prompt {index}: expected at least one token, found none")
         if not 0 <= min(row) <= max(row) < vocab:
@@ -231,12 +285,21 @@ class Engine:
             )
 
 
-@functools.cache
-def _jitted(function: Callable, *donated: int):
-    """The jitted function with the device's compiler options; the loop (argument 0) is static."""
-    return jax.jit(
-        function,
-        static_argnums=0,
-        donate_argnums=donated,
-        compiler_options=xla.decode_options(),
-    )
+def seed_keys(seed: int | Sequence[int], batch: int):
+    """Typed keys [B]: the rows of one seed, or row 0 of every row's own seed."""
+    if isinstance(seed, int | np.integer):
+        return loop_of.row_keys(jax.random.key(int(seed)), batch)
+    if len(seed) != batch:
+        raise InputError(f"seed: expected one for each of the {batch} prompts, found {len(seed)}")
+    return jnp.stack([loop_of.row_keys(jax.random.key(int(s)), 1)[0] for s in seed])
+
+
+_pieces: dict[int, tuple[Any, list[bytes]]] = {}
+
+
+def _pieces_of(tokenizer, vocab_size: int) -> list[bytes]:
+    """Bytes of every token, made once per tokenizer."""
+    # Tokenizers cannot be hashed; holding on to this one keeps its number its own.
+    if id(tokenizer) not in _pieces:
+        _pieces[id(tokenizer)] = (tokenizer, stops.token_bytes(tokenizer, vocab_size))
+    return _pieces[id(tokenizer)][1]

@@ -45,6 +45,23 @@ def load_target(path_or_id: str, dtype=jnp.float32, revision: str | None = None)
     return lm, params, tokenizer
 
 
+def stop_ids(path_or_id: str, tokenizer, revision: str | None = None) -> tuple[int, ...]:
+    """Token ids that end an answer of a target, as ``transformers`` ``generate`` finds them.
+
+    Those of generation_config.json or else of config.json, where chat models list several; or
+    else the tokenizer's end-of-text token.
+    """
+    folder = convert.target_folder(path_or_id, revision)
+    for name in ("generation_config.json", "config.json"):
+        try:
+            found = json.loads((folder / name).read_text()).get("eos_token_id")
+        except (OSError, json.JSONDecodeError):
+            continue
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+
 def load_tokenizer(folder):
     """The tokenizer of a Hugging Face folder."""
     # Nothing here needs torch, so the advice to install it would mislead.

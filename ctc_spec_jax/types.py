@@ -22,8 +22,12 @@ NO_PARENT = -1
 NO_TOKEN = -1
 """Padding of stop-token tables; never equal to a vocabulary id."""
 
-RUNNING, STOPPED, OUT_OF_BUDGET = 0, 1, 2
-"""Finish reasons of a row: still running, stop token emitted, ``max_new_tokens`` reached."""
+RUNNING, STOPPED, OUT_OF_BUDGET, STOPPED_BY_STRING, CACHE_FULL = range(5)
+"""Finish reasons of a row: still running, stop token emitted, ``max_new_tokens`` reached, stop
+string completed, no cache slots left."""
+
+NO_STRINGS, MATCHED = 0, 1
+"""States of a stop-string automaton: a row without stop strings; a stop string is complete."""
 
 Params = Any
 """A nested dict of arrays."""
@@ -43,12 +47,68 @@ class DraftTree:
 
     A node's parent has a smaller index than the node. Invalid nodes are never on a path; they
     may sit anywhere but in the root slot.
+
+    Children that were drawn at random are tried by the rules that need it in the order of their
+    slots, so the slots of siblings must keep the order of the draws.
     """
 
     tokens: jax.Array  # int32 [B, N], slot ROOT = pending token
     parents: jax.Array  # int32 [B, N], NO_PARENT at the root
     valid: jax.Array  # bool [B, N]
-    draft_logits: jax.Array | None = None  # float32 [B, N, V], law of each node's children
+    draft_logits: jax.Array | None = None  # float32 [B, N, V], law each node's children came from
+    sampled: jax.Array | None = None  # bool [B, N], drawn from that law; None: all or none are
+
+
+@pytree
+class Law:
+    """The target's processed law after every node: softmax of ``logits``."""
+
+    logits: jax.Array  # float32 [B, N, V], -inf where a token is ruled out
+    greedy: jax.Array | None = None  # bool [B], rows that take the arg-max; None: all of them
+
+
+@pytree
+class Sampling:
+    """How every row's law is processed; see ``logits.process_logits``.
+
+    A field that is None is off for the whole batch and no code is compiled for it. Where a field
+    is an array, a row turns it off with the value in brackets.
+    """
+
+    temperature: jax.Array | None = None  # float32 [B] (0: greedy)
+    top_k: jax.Array | None = None  # int32 [B] (0)
+    top_p: jax.Array | None = None  # float32 [B] (1)
+    min_p: jax.Array | None = None  # float32 [B] (0)
+    repetition_penalty: jax.Array | None = None  # float32 [B] (1)
+    presence_penalty: jax.Array | None = None  # float32 [B] (0)
+    frequency_penalty: jax.Array | None = None  # float32 [B] (0)
+    bias: jax.Array | None = None  # float32 [B, V], added to the logits (0)
+    phrases: jax.Array | None = None  # int32 [B, Y, W], token sequences, left-padded (NO_TOKEN)
+    phrase_bias: jax.Array | None = None  # float32 [B, Y], for a phrase's last token (0)
+    min_new_tokens: jax.Array | None = None  # int32 [B] (0)
+
+
+@pytree
+class StopStrings:
+    """Automata over token ids that find stop strings, all rows' in one table; see ``stops.py``.
+
+    ``NO_STRINGS`` leads to itself, and so does ``MATCHED``.
+    """
+
+    table: jax.Array  # int32 [Q, V], state after a token
+    start: jax.Array  # int32 [B], state of each row before its first new token
+
+
+@pytree
+class Request:
+    """What every row asks for. Arrays, so that the rows of a batch may differ in everything."""
+
+    max_new_tokens: jax.Array  # int32 [B]
+    stops: jax.Array  # int32 [B, X], stop token ids, padded with NO_TOKEN
+    keys: jax.Array  # typed PRNG keys [B]; a row's output depends on its own key alone
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stop_strings: StopStrings | None = None
+    draft_depth: jax.Array | None = None  # int32 [B], deepest drafted node that is used
 
 
 @pytree
@@ -78,11 +138,32 @@ class Stats:
     """Counters of one decode; a round is one target pass after the prefill.
 
     ``emitted[b, r]`` is the number of tokens that row b kept from its round r, the target's own
-    token included; 0 past ``rounds[b]``. Tokens past a stop or a budget are never counted.
+    token included; 0 past ``rounds[b]``. Tokens past a stop or a budget are never counted. Column
+    d of ``drafted`` and ``accepted`` is about depth d + 1: valid nodes, and kept drafted tokens.
     """
 
     rounds: jax.Array  # int32 [B], target passes while the row was running
     emitted: jax.Array  # int32 [B, R]
+    drafted: jax.Array  # int32 [B, M]
+    accepted: jax.Array  # int32 [B, M]
+
+
+@pytree
+class Record:
+    """What is noted of every new token. Log-probabilities are None unless they were asked for."""
+
+    from_draft: jax.Array  # bool [B, T], drafted and accepted; False: the target's own token
+    logprobs: jax.Array | None = None  # float32 [B, T], under the processed law
+    top_ids: jax.Array | None = None  # int32 [B, T, n], the n most probable tokens there
+    top_logprobs: jax.Array | None = None  # float32 [B, T, n]
+
+
+@pytree
+class KnownTokens:
+    """Which tokens a row knows already, pending one included; None where nothing asks for it."""
+
+    generated: jax.Array | None = None  # int32 [B, V], times generated
+    seen: jax.Array | None = None  # bool [B, V], in the prompt or generated
 
 
 @pytree
@@ -93,15 +174,17 @@ class DecodeState:
     so ``length + 1`` tokens of a row are known. What lies behind them is garbage.
     """
 
-    tokens: jax.Array  # int32 [B, S]
+    tokens: jax.Array  # int32 [B, S+1]
     length: jax.Array  # int32 [B]
-    limit: jax.Array  # int32 [B], most known tokens a row may have: prompt and max_new_tokens
-    stops: jax.Array  # int32 [B, X], stop token ids, padded with NO_TOKEN
+    prompt_length: jax.Array  # int32 [B]
+    limit: jax.Array  # int32 [B], most known tokens a row may have: prompt and new ones
     cache: Any
     drafter: Any
-    key: jax.Array
-    finish: jax.Array  # int32 [B], RUNNING, STOPPED or OUT_OF_BUDGET
+    finish: jax.Array  # int32 [B], RUNNING or why the row ended
     stats: Stats
+    record: Record
+    known: KnownTokens
+    stop_state: jax.Array | None  # int32 [B], of the stop-string automata
 
 
 @pytree
@@ -109,9 +192,10 @@ class DraftContext:
     """Read-only view of what the target knows, for drafters."""
 
     params: Params  # the target's parameters
-    tokens: jax.Array  # int32 [B, S]
+    tokens: jax.Array  # int32 [B, S+1]
     length: jax.Array  # int32 [B], tokens in the cache; the next one is pending
     cache: Any  # the target's cache
+    request: Request
 
     @property
     def pending(self) -> jax.Array:
@@ -123,18 +207,25 @@ class DraftContext:
 class GenerateOutput:
     """Result of a decode.
 
-    ``tokens`` holds the new tokens, right-padded with the pad id; a stop token that ended the
-    row is kept.
+    ``tokens`` holds the new tokens, right-padded with the pad id. The stop token that ended a
+    row is kept, and so is the token that completed a stop string. ``record`` ends where the
+    tokens end and is padded with False, 0 and -1 (``top_ids``).
     """
 
     tokens: jax.Array  # int32 [B, T]
     lengths: jax.Array  # int32 [B]
     finish: jax.Array  # int32 [B]
     stats: Stats
+    record: Record
 
 
 class Target(Protocol):
     """A causal language model that can score a tree of new nodes."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, width of the logits."""
+        ...
 
     def prefill(
         self, params: Params, tokens, lengths, num_slots: int, taps: tuple[int, ...]
@@ -175,8 +266,8 @@ class Drafter(Protocol):
         """State after the prompt; ``taps`` hold the prompt's hidden states, each [B, T, D]."""
         ...
 
-    def propose(self, params: Params, state: Any, context: DraftContext, key) -> DraftTree:
-        """A tree rooted at the pending token. ``key`` is consumed."""
+    def propose(self, params: Params, state: Any, context: DraftContext, keys) -> DraftTree:
+        """A tree rooted at the pending token. ``keys`` [B] are consumed, one per row."""
         ...
 
     def commit(
@@ -198,15 +289,18 @@ class Drafter(Protocol):
 class Verifier(Protocol):
     """A frozen dataclass: the rule that decides which path of a tree is kept."""
 
-    def __call__(self, key, tree: DraftTree, depth, mask, logits, max_depth: int) -> Acceptance:
+    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
         """Accept a path.
 
         Args:
-          key: consumed.
+          keys: typed PRNG keys [B], consumed.
           tree: the draft.
           depth: int32 [B, N].
           mask: bool [B, N, N], ancestors of each node and itself.
-          logits: float32 [B, N, V], processed.
+          law: of the target after every node.
           max_depth: M.
+
+        Raises:
+          ValueError: the tree or the law lacks what the rule needs; at trace time.
         """
         ...

@@ -1,5 +1,19 @@
 """Step 2: which path of a draft the target keeps.
 
+=================  ==========================================================  =======
+rule               exact for                                                   here
+=================  ==========================================================  =======
+``Greedy``         any tree, rows at temperature 0                             below
+``TargetSample``   any tree that was fixed before the target's draw            below
+``Typical``        nothing: lossy                                              below
+``Rejection``      a chain drawn from the law that it states                   sampled
+``MultiCandidate`` a tree whose siblings were drawn from the law it states     sampled
+``Mixed``          fixed children and children drawn from the rest of the law  sampled
+``Block``          a chain drawn from the law that it states                   sampled
+=================  ==========================================================  =======
+
+The rules for drafts that were drawn at random are in ``verify_sampled.py``.
+
 Shape letters: B batch, N tree nodes, M max depth, V vocabulary.
 """
 
@@ -10,7 +24,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ctc_spec_jax.types import ROOT, Acceptance, DraftTree
+from ctc_spec_jax import categorical
+from ctc_spec_jax.types import ROOT, Acceptance, DraftTree, Law
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +36,76 @@ class Greedy:
     arXiv 2302.01318, with a one-hot target law). An arg-max path, not a one-hot softmax.
     """
 
-    def __call__(self, key, tree: DraftTree, depth, mask, logits, max_depth: int) -> Acceptance:
-        """See ``types.Verifier``; ``key`` is not used."""
-        del key
-        wanted = _first_argmax(logits)  # [B, N]
-        at_parent = jnp.take_along_axis(wanted, jnp.maximum(tree.parents, 0), axis=1)
-        is_root = jnp.arange(wanted.shape[1]) == ROOT
-        matches = (tree.tokens == at_parent) & tree.valid | is_root[None]
-        kept = jnp.all(matches[:, None, :] | ~mask, axis=-1) & matches  # [B, N]
-        last = jnp.argmax(jnp.where(kept, depth, -1), axis=1)
-        return _path_to(last, wanted, depth, mask, max_depth)
+    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
+        """See ``types.Verifier``; ``keys`` are not used.
+
+        Raises:
+          ValueError: the request has temperatures.
+        """
+        del keys
+        if law.greedy is not None:
+            raise ValueError("Greedy: expected a request without temperatures, found some")
+        return _follow(first_argmax(law.logits), tree, depth, mask, max_depth)
 
 
-def _first_argmax(logits):
+@dataclasses.dataclass(frozen=True)
+class TargetSample:
+    """Draw the target's token at every node and follow the children that carry it.
+
+    What is emitted is always the target's draw, so this is exact for every tree that was fixed
+    before the draws, whatever it holds. A child of probability p is accepted with probability p,
+    which for a tree of one child per node is the rejection rule of a point-mass proposal. Known
+    as naive multi-candidate sampling (arXiv 2401.06706) and as the walk of deterministic trees.
+    """
+
+    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
+        """See ``types.Verifier``."""
+        wanted = target_tokens(keys, law)
+        return _follow(wanted, tree, depth, mask, max_depth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Typical:
+    """LOSSY: keep every token that the target finds plausible enough; for comparison only.
+
+    A drafted token stays if its probability exceeds ``min(epsilon, delta * exp(-entropy))`` of
+    the law at its parent; the deepest path wins and the target's own token is drawn after it
+    (Medusa, arXiv 2401.10774, section 2.3.1). The output does not follow the target's law. Greedy
+    rows are exact: only the arg-max stays.
+    """
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
+        """See ``types.Verifier``."""
+        wanted = target_tokens(keys, law)
+        if law.greedy is None:
+            return _follow(wanted, tree, depth, mask, max_depth)
+        log_probs = jax.nn.log_softmax(law.logits, axis=-1)
+        probs = jnp.exp(log_probs)
+        terms = jnp.where(probs > 0, probs * log_probs, 0.0)  # 0 * -inf is NaN
+        entropy = -jnp.sum(terms, axis=-1)
+        bar = jnp.minimum(self.epsilon, self.delta * jnp.exp(-entropy))  # [B, N]
+        up = jnp.maximum(tree.parents, ROOT)
+        rows = jnp.arange(up.shape[0], dtype=jnp.int32)[:, None]
+        plausible = probs[rows, up, tree.tokens] > jnp.take_along_axis(bar, up, axis=1)
+        is_peak = tree.tokens == jnp.take_along_axis(wanted, up, axis=1)
+        matches = jnp.where(law.greedy[:, None], is_peak, plausible)
+        return _longest(matches, wanted, tree, depth, mask, max_depth)
+
+
+def target_tokens(keys, law: Law):
+    """The target's own token after every node, int32 [B, N]; ``keys`` are consumed."""
+    best = first_argmax(law.logits)
+    if law.greedy is None:
+        return best
+    weights = jnp.exp(law.logits - jnp.max(law.logits, axis=-1, keepdims=True))
+    uniform = categorical.uniforms(keys, best.shape[1], weights.dtype)
+    return jnp.where(law.greedy[:, None], best, categorical.draw(weights, uniform))
+
+
+def first_argmax(logits):
     """``jnp.argmax`` over the last axis, int32; two plain reductions, which XLA vectorises on CPU.
 
     The reduction of pairs behind ``jnp.argmax`` takes five times as long there.
@@ -43,6 +115,21 @@ def _first_argmax(logits):
     last = logits.shape[-1] - 1
     # A row of NaN has no peak; any index in range will do.
     return jnp.min(jnp.where(is_peak, index, last), axis=-1)
+
+
+def _follow(wanted, tree: DraftTree, depth, mask, max_depth: int) -> Acceptance:
+    """The path whose every token is the one that is ``wanted`` [B, N] after its parent."""
+    at_parent = jnp.take_along_axis(wanted, jnp.maximum(tree.parents, ROOT), axis=1)
+    return _longest(tree.tokens == at_parent, wanted, tree, depth, mask, max_depth)
+
+
+def _longest(matches, wanted, tree: DraftTree, depth, mask, max_depth: int) -> Acceptance:
+    """The deepest path of nodes that all match [B, N], and what is wanted after it."""
+    is_root = jnp.arange(wanted.shape[1]) == ROOT
+    matches = matches & tree.valid | is_root[None]
+    kept = jnp.all(matches[:, None, :] | ~mask, axis=-1) & matches  # [B, N]
+    last = jnp.argmax(jnp.where(kept, depth, -1), axis=1)
+    return _path_to(last, wanted, depth, mask, max_depth)
 
 
 def _path_to(last, wanted, depth, mask, max_depth: int) -> Acceptance:

@@ -1,8 +1,9 @@
-"""Compiler options of the decode step, per kind of device."""
+"""How programs are compiled: options per kind of device, and which sizes share a program."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,27 @@ _CPU = {
     # pair took a quarter less time than with the defaults, a plain step the same.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
 }
+
+
+@functools.cache
+def jitted(function: Callable, *donated: int):
+    """The jitted function with the device's compiler options; the loop (argument 0) is static."""
+    return jax.jit(
+        function,
+        static_argnums=0,
+        donate_argnums=donated,
+        compiler_options=decode_options(),
+    )
+
+
+def bucket(size: int) -> int:
+    """The size that stands for ``size``: a multiple of 32 or of an eighth of a power of two.
+
+    One program serves all sizes of a bucket, and a bucket is at most a quarter larger than what
+    it holds (above 128).
+    """
+    step = max(32, 1 << max(0, size.bit_length() - 3))
+    return -(-size // step) * step
 
 
 @functools.cache

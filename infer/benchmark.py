@@ -25,7 +25,9 @@ from ctc_spec_jax.cli import exit_on_bad_input, use_compilation_cache
 from ctc_spec_jax.engine import Engine, Generation
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
-from infer.generate import check_counts, check_json, choose_prompts, measure, write_document
+from infer.generate import check_counts, check_json, measure, write_document
+from infer.prompts import Prompt, choose_prompts
+from infer.prompts import report as report_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +82,13 @@ class Transformers:
             do_sample=False, use_cache=True, eos_token_id=self.end, pad_token_id=self.end
         )
 
-    def generate(self, prompts, max_new_tokens: int) -> list[Generation]:
-        """See ``Engine.generate``; one target pass per token."""
+    def generate(self, prompts, max_new_tokens=(), **options: Any) -> list[Generation]:
+        """See ``Engine.generate``; one target pass per token, greedy whatever the ``options``."""
+        del options
         tokens, lengths = self.engine.encode(prompts, max_new_tokens)
         return [
-            self._answer(row[:length], max_new_tokens)
-            for row, length in zip(tokens, lengths, strict=True)
+            self._answer(row[:length], budget)
+            for row, length, budget in zip(tokens, lengths, max_new_tokens, strict=True)
         ]
 
     def logits(self, tokens) -> np.ndarray:
@@ -156,8 +159,8 @@ def compare(engine: Engine, folder: str, prompts, max_new_tokens: int, repeats: 
     """
     threads = os.cpu_count() or 1
     peer = Transformers(engine, folder, threads)
-    (ours, theirs), seconds = measure(engine, peer, prompts, max_new_tokens, repeats)
-    tokens, lengths = engine.encode(prompts, max_new_tokens)
+    (ours, theirs), seconds = measure(engine, peer, prompts, repeats)
+    tokens, lengths = engine.encode([prompt.content for prompt in prompts], max_new_tokens)
     differences = find_differences(
         [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)],
         [answer.tokens for answer in ours],
@@ -231,14 +234,17 @@ def main() -> None:
     use_compilation_cache()
     folder = str(convert.target_folder(arguments.target or str(demo.target_folder())))
     engine = Engine.from_pretrained(folder)
-    prompts = choose_prompts(
-        engine, arguments.prompts, arguments.num_prompts, arguments.max_new_tokens
-    )
+    fields = {"max_new_tokens": arguments.max_new_tokens}
+    prompts, problems = choose_prompts(engine, arguments.prompts, arguments.num_prompts, fields)
+    prompts = [Prompt(prompt.content, fields) for prompt in prompts]
+    report_lines(problems)
     result = compare(engine, folder, prompts, arguments.max_new_tokens, arguments.repeats)
     print(report(result))
     if arguments.json:
         named = {"target": arguments.target or "demo"}  # a folder of this machine says nothing
         write_document(arguments.json, dataclasses.asdict(result) | named)
+    if problems:
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import json
 import os
 import pathlib
 import statistics
+import sys
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -25,9 +27,16 @@ import numpy as np
 from tqdm import tqdm
 
 from ctc_spec_jax import demo
-from ctc_spec_jax.cli import exit_on_bad_input, use_compilation_cache
+from ctc_spec_jax.cli import (
+    add_options,
+    exit_on_bad_input,
+    option_fields,
+    painted,
+    use_compilation_cache,
+)
 from ctc_spec_jax.engine import Engine, Generation
 from ctc_spec_jax.errors import InputError
+from infer.prompts import Prompt, choose_prompts, columns, report
 from train import data
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -46,6 +55,7 @@ class Result:
 
     tree_nodes: int
     text: list[str]
+    finish: list[str]
     tokens: int
     rounds: int
     accepted_length: float
@@ -62,91 +72,51 @@ class Result:
 class Answerer(Protocol):
     """What can be measured: an ``Engine``, or another library behind the same method."""
 
-    def generate(self, prompts: Any, max_new_tokens: int) -> list[Generation]:
+    def generate(self, prompts: Any, **options: Any) -> list[Generation]:
         """See ``Engine.generate``."""
         ...
 
 
-def heldout_prompts(tokenizer, count: int, length: int = 96) -> list[list[int]]:
-    """Token prompts from standard-library files that the demo target was not trained on."""
-    _, texts = data.corpus(("stdlib",), data.HELDOUT)
-    rows = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-    ids = [row.ids for row in rows if len(row.ids) >= 2 * length]
-    places = [(row, start) for row in ids for start in range(0, len(row) - length, 4 * length)]
-    order = np.random.default_rng(0).permutation(len(places))[:count]
-    return [places[i][0][places[i][1] : places[i][1] + length] for i in order]
-
-
-def read_prompts(path: str) -> list[str]:
-    """The ``prompt`` of every line of a JSONL file, or its first turn (``turns``).
-
-    Raises:
-      InputError: unreadable file or a line without a prompt.
-    """
-    try:
-        lines = pathlib.Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts: expected a readable file, found {path} ({error})") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt = row["prompt"] if "prompt" in row else row["turns"][0]
-            if not isinstance(prompt, str):
-                raise TypeError
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-            raise InputError(
-                f"--prompts: expected an object with 'prompt' or 'turns' in line {number} of "
-                f"{path}, found {line[:40]!r}"
-            ) from error
-        prompts.append(prompt)
-    if not prompts:
-        raise InputError(f"--prompts: expected at least one line in {path}, found none")
-    return prompts
-
-
-def choose_prompts(engine: Engine, path: str | None, count: int, max_new_tokens: int):
-    """Prompts of a JSONL file, or else ``count`` held-out ones.
-
-    Raises:
-      InputError: see ``read_prompts`` and ``Engine.encode``; before the first prompt is decoded.
-    """
-    prompts = read_prompts(path) if path else heldout_prompts(engine.tokenizer, count)
-    engine.encode(prompts, max_new_tokens)
-    return prompts
-
-
 def measure(
-    engine: Answerer, baseline: Answerer | None, prompts, max_new_tokens: int, repeats: int
+    engine: Answerer,
+    baseline: Answerer | None,
+    prompts: Sequence[Prompt],
+    repeats: int,
+    batch: int = 1,
+    seed: int = 0,
 ):
-    """Answers of every prompt, one at a time, and the median seconds of each.
+    """Answers of all prompts, ``batch`` at a time, and the median seconds of each batch.
 
     The two engines take turns, so that a change of the machine's speed hits both alike. A first
-    call of each shape, which compiles, is not counted.
+    call of each shape, which compiles, is not counted. Prompt i is decoded with seed ``seed + i``.
 
     Returns:
-      answers, seconds, baseline answers, baseline seconds; one entry per prompt.
+      answers, baseline answers, one per prompt; seconds, baseline seconds, one per batch.
     """
     engines = [engine] if baseline is None else [engine, baseline]
     answers: list[list[Generation]] = [[] for _ in engines]
     seconds: list[list[float]] = [[] for _ in engines]
-    for prompt in tqdm(prompts, unit=" prompts", leave=False):
-        runs: list[list[Generation]] = [[] for _ in engines]
-        for repeat in range(repeats + 1):
+    for first in tqdm(range(0, len(prompts), batch), unit=" batches", leave=False):
+        part = prompts[first : first + batch]
+        contents, options = [prompt.content for prompt in part], columns(part)
+        seeds = list(range(seed + first, seed + first + len(part)))
+        runs: list[list[list[Generation]]] = [[] for _ in engines]
+        for _ in range(repeats + 1):
             for one, run in zip(engines, runs, strict=True):
-                answer = one.generate([prompt], max_new_tokens)[0]
-                if repeat:
-                    run.append(answer)
+                run.append(one.generate(contents, seed=seeds, **options))
         for run, all_answers, all_seconds in zip(runs, answers, seconds, strict=True):
-            all_answers.append(run[0])
-            all_seconds.append(statistics.median(answer.seconds for answer in run))
+            all_answers.extend(run[0])
+            all_seconds.append(statistics.median(rows[0].seconds for rows in run[1:]))
     return [*answers, *[[]] * (2 - len(engines))], [*seconds, *[[]] * (2 - len(engines))]
 
 
-def summarise(tree_nodes: int, answers, seconds, baseline, baseline_seconds) -> Result:
-    """The measurement of one tree size from ``measure``'s answers and seconds."""
+def summarise(
+    tree_nodes: int, answers, seconds, baseline, baseline_seconds, sampled: bool = False
+) -> Result:
+    """The measurement of one tree size from ``measure``'s answers and seconds.
+
+    Sampled answers are drawn anew by every decoder, so there is nothing to be identical.
+    """
     loops = [data.loop_share(answer.tokens) > _LOOPS for answer in answers]
     whole = [answer for answer, loop in zip(answers, loops, strict=True) if not loop]
     fresh = [_before_loop(answer) for answer in answers]
@@ -159,6 +129,7 @@ def summarise(tree_nodes: int, answers, seconds, baseline, baseline_seconds) -> 
     return Result(
         tree_nodes=tree_nodes,
         text=[answer.text for answer in answers],
+        finish=[answer.finish for answer in answers],
         tokens=tokens,
         rounds=rounds,
         accepted_length=accepted,
@@ -169,7 +140,7 @@ def summarise(tree_nodes: int, answers, seconds, baseline, baseline_seconds) -> 
         tokens_per_second=speed,
         baseline_tokens_per_second=plain,
         speedup=speed / plain if plain else None,
-        identical=all(same) if baseline else None,
+        identical=all(same) if baseline and not sampled else None,
     )
 
 
@@ -212,7 +183,10 @@ def write_json(path: str, results: list[Result]) -> None:
     """Write the fastest result, and all of them under ``sizes``, in one piece."""
     best = max(results, key=lambda r: r.tokens_per_second)
     document = dataclasses.asdict(best) | {
-        "sizes": [{k: v for k, v in dataclasses.asdict(r).items() if k != "text"} for r in results]
+        "sizes": [
+            {k: v for k, v in dataclasses.asdict(r).items() if k not in ("text", "finish")}
+            for r in results
+        ]
     }
     write_document(path, document)
 
@@ -270,7 +244,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     parser.add_argument("--compare", action="store_true", help="also decode plainly")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each prompt")
+    parser.add_argument("--batch", type=int, default=1, help="prompts decoded at a time")
+    parser.add_argument(
+        "--stream", action="store_true", help="show the answers as they grow, and time nothing"
+    )
     parser.add_argument("--json", help="file to write the results to")
+    add_options(parser)
     arguments = parser.parse_args()
     _check(arguments)
     return arguments
@@ -281,7 +260,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--drafter: expected a folder beside --target, found none")
     if arguments.prompt is not None and arguments.prompts:
         raise InputError("--prompt: expected it or --prompts, found both")
-    check_counts(arguments, ("repeats", "num_prompts", "max_new_tokens"))
+    check_counts(arguments, ("repeats", "num_prompts", "max_new_tokens", "batch"))
     if min(arguments.tree_nodes) < 2:
         raise InputError(f"--tree-nodes: expected at least 2, found {min(arguments.tree_nodes)}")
     check_json(arguments.json)
@@ -300,27 +279,56 @@ def main() -> None:
         arguments.target, arguments.drafter, arguments.tree_nodes[0], dtype
     )
     folder = arguments.drafter or str(demo.drafter_folder())
+    fields = option_fields(arguments, engine)
     if arguments.prompt is not None:
-        prompts = [arguments.prompt]
+        engine.encode([arguments.prompt], arguments.max_new_tokens)
+        prompts, problems = [Prompt(arguments.prompt, fields)], []
     else:
-        prompts = choose_prompts(
-            engine, arguments.prompts, arguments.num_prompts, arguments.max_new_tokens
-        )
-    for piece in engine.stream(prompts[0], arguments.max_new_tokens):
-        print(piece, end="", flush=True)
-    print("\n", flush=True)
+        prompts, problems = choose_prompts(engine, arguments.prompts, arguments.num_prompts, fields)
+    report(problems)
+    if arguments.stream:
+        for index, prompt in enumerate(prompts):
+            show(engine, prompt, arguments.seed + index)
+    else:
+        show(engine, prompts[0], arguments.seed)
+        results = compare_sizes(engine, folder, prompts, arguments)
+        print(table(results))
+        if arguments.json:
+            write_json(arguments.json, results)
+    if problems:
+        raise SystemExit(2)
 
+
+def show(engine: Engine, prompt: Prompt, seed: int) -> None:
+    """Print one answer as it grows, and what it took."""
+    began, count, piece = time.perf_counter(), 0, None
+    for piece in engine.stream(prompt.content, seed=seed, **prompt.options):
+        count += len(piece.tokens)
+        print(painted(engine, piece), end="", flush=True)
+    print("\n", flush=True)
+    if piece is not None:
+        seconds = time.perf_counter() - began
+        print(
+            f"[{piece.finish}: {count} tokens in {piece.rounds} target passes, "
+            f"{count / piece.rounds:.2f} a pass, {seconds:.1f} s with compilation]",
+            file=sys.stderr,
+        )
+
+
+def compare_sizes(
+    engine: Engine, folder: str, prompts: Sequence[Prompt], arguments: argparse.Namespace
+) -> list[Result]:
+    """Measure every tree size of ``--tree-nodes``."""
+    sampled = any(prompt.options.get("temperature") for prompt in prompts)
     results = []
     for nodes in arguments.tree_nodes:
-        sized = engine.with_drafter(folder, nodes, dtype, arguments.tree)
+        sized = engine.with_drafter(folder, nodes, _DTYPES[arguments.dtype], arguments.tree)
         baseline = sized.plain() if arguments.compare else None
         answers, seconds = measure(
-            sized, baseline, prompts, arguments.max_new_tokens, arguments.repeats
+            sized, baseline, prompts, arguments.repeats, arguments.batch, arguments.seed
         )
-        results.append(summarise(nodes, answers[0], seconds[0], answers[1], seconds[1]))
-    print(table(results))
-    if arguments.json:
-        write_json(arguments.json, results)
+        results.append(summarise(nodes, answers[0], seconds[0], answers[1], seconds[1], sampled))
+    return results
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from ctc_spec_jax.decode import Loop, NoDraft, decode
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
-from ctc_spec_jax.types import NO_PARENT, NO_TOKEN, DraftTree
+from ctc_spec_jax.types import NO_PARENT, NO_TOKEN, DraftTree, Request
 from ctc_spec_jax.verify import Greedy
 
 VOCAB = 17
@@ -52,15 +52,23 @@ def ragged_prompts(seed: int, lengths) -> tuple[np.ndarray, np.ndarray]:
     return draw.integers(0, VOCAB, (len(lengths), lengths.max() + 2)).astype(np.int32), lengths
 
 
+def make_request(batch: int, budget, stops=None, seed: int = 0, **fields) -> Request:
+    """A request of a batch; without stops and greedy by default.
+
+    ``budget`` is a number or one number per row; the rest are fields of ``Request``.
+    """
+    budget = np.broadcast_to(np.asarray(budget, np.int32), (batch,))
+    stops = np.full((batch, 1), NO_TOKEN, np.int32) if stops is None else stops
+    keys = fields.pop("keys", None)
+    keys = jax.random.split(jax.random.key(seed), batch) if keys is None else keys
+    return Request(budget, stops, keys, **fields)
+
+
 def run(lm, params, drafter, draft_params, prompts, lengths, new_tokens, stops=None, budget=None):
     """Greedy decode of a batch with default stops and budgets."""
-    batch = len(prompts)
     loop = Loop(lm, drafter, Greedy(), new_tokens)
-    budget = np.full((batch,), new_tokens, np.int32) if budget is None else budget
-    stops = np.full((batch, 1), NO_TOKEN, np.int32) if stops is None else stops
-    return jitted_decode(
-        loop, params, draft_params, prompts, lengths, jax.random.key(0), budget, stops
-    )
+    request = make_request(len(prompts), new_tokens if budget is None else budget, stops)
+    return jitted_decode(loop, params, draft_params, prompts, lengths, request)
 
 
 jitted_decode = jax.jit(decode, static_argnums=0)
@@ -112,7 +120,7 @@ class OracleTree:
         del params, context, taps
         return ()
 
-    def propose(self, params, state, context, key):
+    def propose(self, params, state, context, keys):
         del state
 
         def row(key, truth, length, pending):
@@ -137,7 +145,6 @@ class OracleTree:
                 valid.append(jnp.stack(valid)[parents[i]] & ~drop[i])
             return tokens, parents, jnp.stack(valid)
 
-        keys = jax.random.split(key, context.length.shape[0])
         return DraftTree(*jax.vmap(row)(keys, params, context.length, context.pending))
 
     def commit(self, params, state, context, output, acceptance):

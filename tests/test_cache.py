@@ -9,9 +9,8 @@ import pytest
 from ctc_spec_jax.decode import Loop, NoDraft, advance, start
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
-from ctc_spec_jax.types import NO_TOKEN
 from ctc_spec_jax.verify import Greedy
-from tests.helpers import OracleTree, ragged_prompts, tiny_target
+from tests.helpers import OracleTree, make_request, ragged_prompts, tiny_target
 
 NEW = 16
 
@@ -19,13 +18,13 @@ NEW = 16
 def _states(lm, params, drafter, draft_params, chunks):
     prompts, lengths = ragged_prompts(3, (6, 3, 8))
     loop = Loop(lm, drafter, Greedy(), NEW)
-    budget, stops = np.full((3,), NEW, np.int32), np.full((3, 1), NO_TOKEN, np.int32)
+    request = make_request(3, NEW)
     begin = jax.jit(start, static_argnums=0)
     step = jax.jit(advance, static_argnums=0)
-    state = begin(loop, params, draft_params, prompts, lengths, jax.random.key(5), budget, stops)
+    state = begin(loop, params, draft_params, prompts, lengths, request)
     for rounds in chunks:
         yield loop, state
-        state = step(loop, params, draft_params, state, np.int32(rounds))
+        state = step(loop, params, draft_params, state, request, np.int32(rounds))
     yield loop, state
 
 
@@ -63,9 +62,8 @@ def test_drafter_cache_audit():
     draft_params = drafter.init_params(jax.random.key(0))
     for loop, state in _states(lm, params, drafter, draft_params, [1] * 4):
         prompt, length = state.tokens[:, : int(state.length.max()) + 1], state.length + 1
-        budget, stops = np.full((3,), NEW, np.int32), state.stops
         fresh = jax.jit(start, static_argnums=0)(
-            loop, params, draft_params, prompt, length, jax.random.key(0), budget, stops
+            loop, params, draft_params, prompt, length, make_request(3, NEW)
         )
         np.testing.assert_allclose(
             state.drafter["newest"], fresh.drafter["newest"], rtol=1e-4, atol=1e-4
@@ -97,14 +95,10 @@ def test_no_step_copies_a_cache(batch, method):
     prompts, lengths = ragged_prompts(3, (6, 3, 8)[:batch])
     # Caches far larger than everything else, so that one copy of them would show in the memory.
     loop = Loop(lm, drafter, Greedy(), 600)
-    budget, stops = np.full((batch,), NEW, np.int32), np.full((batch, 1), NO_TOKEN, np.int32)
-    state = jax.eval_shape(
-        lambda: start(
-            loop, params, draft_params, prompts, lengths, jax.random.key(5), budget, stops
-        )
-    )
+    request = make_request(batch, NEW)
+    state = jax.eval_shape(lambda: start(loop, params, draft_params, prompts, lengths, request))
     step = jax.jit(advance, static_argnums=0, donate_argnums=3)
-    compiled = step.lower(loop, params, draft_params, state, np.int32(4)).compile()
+    compiled = step.lower(loop, params, draft_params, state, request, np.int32(4)).compile()
     caches = jax.tree.leaves(state.cache) + jax.tree.leaves(state.drafter)
     caches = [leaf for leaf in caches if leaf.ndim == 4]
     text = compiled.as_text()

@@ -40,7 +40,7 @@ class OracleLattice:
     def init(self, params, context, taps):
         return ()
 
-    def propose(self, params, state, context, key):
+    def propose(self, params, state, context, keys):
         def row(key, truth, length):
             place, kind, noise = jax.random.split(key, 3)
             advance = jax.random.uniform(place, (FRAMES,)) < 0.7
@@ -54,7 +54,6 @@ class OracleLattice:
             logits += jax.random.normal(noise, logits.shape)
             return jax.nn.log_softmax(logits, axis=-1)
 
-        keys = jax.random.split(key, context.length.shape[0])
         lattice = jax.vmap(row)(keys, params, context.length)
         return DraftTree(*jax.vmap(self.tree)(lattice, context.pending))
 

@@ -16,8 +16,8 @@ from ctc_spec_jax.decode import Loop
 from ctc_spec_jax.models import kv_cache
 from ctc_spec_jax.tree import topology
 from ctc_spec_jax.tree.ctc_transform import TransformTree, default_template
-from ctc_spec_jax.types import NO_TOKEN
-from tests.helpers import plain_text, ragged_prompts, tiny_target
+from ctc_spec_jax.types import Law
+from tests.helpers import make_request, plain_text, ragged_prompts, tiny_target
 from tests.test_ctc import OracleLattice
 
 NEW = 24
@@ -36,9 +36,8 @@ def _decode(setting):
     """A decode traced anew, so that a fault planted before it is seen."""
     lm, params, prompts, lengths, _, truth = setting
     loop = Loop(lm, OracleLattice(TREE, 6.0), verify.Greedy(), NEW)
-    budget, stops = np.full((4,), NEW, np.int32), np.full((4, 1), NO_TOKEN, np.int32)
     fresh = jax.jit(functools.partial(decode.decode, loop))
-    return fresh(params, truth, prompts, lengths, jax.random.key(0), budget, stops)
+    return fresh(params, truth, prompts, lengths, make_request(4, NEW))
 
 
 def _template(name: str, batch: int):
@@ -50,15 +49,15 @@ def _stale_gather(monkeypatch):
     """Defect 1: the logits of a node are read at the repeat or blank removed below it."""
     original = verify.Greedy.__call__
 
-    def call(self, key, tree, depth, mask, logits, max_depth):
+    def call(self, keys, tree, depth, mask, law, max_depth):
         batch, nodes = tree.tokens.shape
         raw = _template("parents", batch)
         index = jnp.arange(nodes, dtype=jnp.int32)
         removed_child = (raw[:, None, :] == index[None, :, None]) & ~tree.valid[:, None, :]
         stale = jnp.argmax(removed_child, axis=-1)
         stale = jnp.where(jnp.any(removed_child, axis=-1), stale, index[None])
-        logits = jnp.take_along_axis(logits, stale[..., None], axis=1)
-        return original(self, key, tree, depth, mask, logits, max_depth)
+        law = Law(jnp.take_along_axis(law.logits, stale[..., None], axis=1))
+        return original(self, keys, tree, depth, mask, law, max_depth)
 
     monkeypatch.setattr(verify.Greedy, "__call__", call)
 
@@ -70,6 +69,7 @@ def _forward_with(monkeypatch, change):
     class Target:
         def __init__(self, target):
             self.target = target
+            self.vocab_size = target.vocab_size
 
         def forward_tree(self, params, cache, length, tokens, positions, mask, taps):
             positions, mask = change(length, positions, mask)
@@ -78,9 +78,9 @@ def _forward_with(monkeypatch, change):
         def commit(self, *args):
             return self.target.commit(*args)
 
-    def run_round(loop, params, draft_params, state):
+    def run_round(loop, params, draft_params, state, request):
         loop = Loop(Target(loop.target), loop.drafter, loop.verifier, loop.capacity)
-        return original(loop, params, draft_params, state)
+        return original(loop, params, draft_params, state, request)
 
     monkeypatch.setattr(decode, "run_round", run_round)
 
@@ -139,11 +139,11 @@ def _bonus_from_the_root(monkeypatch):
 def _one_token_too_many(monkeypatch):
     original = accept.cut
 
-    def cut(tokens, acceptance, state):
-        acceptance, finish = original(tokens, acceptance, state)
+    def cut(tokens, acceptance, state, request):
+        acceptance, finish, strings = original(tokens, acceptance, state, request)
         full = acceptance.length < tokens.shape[1]
         grown = jnp.where(full & (acceptance.length > 0), acceptance.length + 1, acceptance.length)
-        return type(acceptance)(acceptance.path, grown, acceptance.next_token), finish
+        return type(acceptance)(acceptance.path, grown, acceptance.next_token), finish, strings
 
     monkeypatch.setattr(accept, "cut", cut)
 

@@ -95,7 +95,8 @@ def test_shape_of_a_batch_equals_its_rows():
     parents = np.stack([random_parents(lambda n: int(rng.integers(n)), 8) for _ in range(3)])
     valid = rng.random((3, 8)) < 0.7
     tree = DraftTree(jnp.zeros((3, 8), jnp.int32), jnp.asarray(parents), jnp.asarray(valid))
-    depth, mask = jax.jit(topology.shape_of, static_argnums=1)(tree, DEPTH)
+    lineage = topology.lineages(tree, DEPTH)
+    depth, mask = jax.jit(topology.shape_of)(tree, lineage)
     for row in range(3):
         _, row_depth, row_mask, _, _ = everything(parents[row], valid[row], DEPTH)
         np.testing.assert_array_equal(depth[row], row_depth)

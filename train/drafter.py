@@ -21,7 +21,7 @@ from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config, published
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.decoder import output_head
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
-from ctc_spec_jax.types import NO_TOKEN
+from ctc_spec_jax.types import NO_TOKEN, Request
 from ctc_spec_jax.verify import Greedy
 from train import data
 from train.config import TrainConfig
@@ -140,15 +140,12 @@ class DrafterObjective:
         lengths = np.minimum(held["prompt_lengths"], options.prompt_length)
         prompts = held["tokens"][:, : options.prompt_length]
         batch = len(prompts)
-        result = self._decode(
-            self.frozen,
-            params,
-            prompts,
-            lengths,
-            jax.random.key(0),
-            np.full((batch,), options.new_tokens, np.int32),
-            np.full((batch, 1), NO_TOKEN, np.int32),
+        request = Request(
+            max_new_tokens=np.full((batch,), options.new_tokens, np.int32),
+            stops=np.full((batch, 1), NO_TOKEN, np.int32),
+            keys=jax.random.split(jax.random.key(0), batch),
         )
+        result = self._decode(self.frozen, params, prompts, lengths, request)
         tokens, counts = np.asarray(result.tokens), np.asarray(result.lengths)
         fine = [
             data.loop_share(row[:n]) <= self.config.data.max_loop

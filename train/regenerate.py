@@ -20,7 +20,7 @@ from ctc_spec_jax import recipes
 from ctc_spec_jax.cli import exit_on_bad_input, use_compilation_cache
 from ctc_spec_jax.decode import Loop, NoDraft, decode
 from ctc_spec_jax.errors import InputError
-from ctc_spec_jax.types import NO_TOKEN
+from ctc_spec_jax.types import NO_TOKEN, Request
 from ctc_spec_jax.verify import Greedy
 from train import data
 
@@ -45,12 +45,14 @@ def answer(lm, params, prompts, lengths, new_tokens: int, rows: int):
     step = jax.jit(decode, static_argnums=0)
     whole = np.zeros((len(prompts), prompts.shape[1] + new_tokens), np.int32)
     ends = np.zeros((len(prompts),), np.int32)
-    budget, stops = np.full((rows,), new_tokens, np.int32), np.full((rows, 1), NO_TOKEN, np.int32)
+    request = Request(
+        max_new_tokens=np.full((rows,), new_tokens, np.int32),
+        stops=np.full((rows, 1), NO_TOKEN, np.int32),
+        keys=jax.random.split(jax.random.key(0), rows),
+    )
     for first in tqdm(range(0, len(prompts), rows), unit=" batches"):
         part = np.arange(first, first + rows)
-        result = step(
-            loop, params, (), prompts[part], lengths[part], jax.random.key(0), budget, stops
-        )
+        result = step(loop, params, (), prompts[part], lengths[part], request)
         new, counts = np.asarray(result.tokens), np.asarray(result.lengths)
         for row, tokens, count in zip(part, new, counts, strict=True):
             whole[row, : lengths[row]] = prompts[row, : lengths[row]]

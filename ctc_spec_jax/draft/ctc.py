@@ -290,9 +290,9 @@ class CTCDrafter:
         newest = jnp.where((context.length > 0)[:, None, None], newest, 0)
         return {"kv": kv_cache.fill(kv, context.tokens.shape[1]), "newest": newest}
 
-    def propose(self, params: Params, state, context: DraftContext, key) -> DraftTree:
+    def propose(self, params: Params, state, context: DraftContext, keys) -> DraftTree:
         """One pass of the network, then the tree of each row; deterministic."""
-        del key
+        del keys
         pending = context.params["embedding"][context.pending][:, None]
         hidden = self._apply(
             params, "draft", pending, state["newest"], state["kv"], context.length[:, None]

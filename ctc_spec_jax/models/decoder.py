@@ -161,6 +161,11 @@ class DecoderLM:
         """The Linen module that owns the parameters."""
         return Decoder(self.config)
 
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.config.vocab_size
+
     def init(self, key) -> Params:
         """Fresh float32 parameters. ``key`` is consumed."""
         row = jnp.zeros((1, 1), jnp.int32)

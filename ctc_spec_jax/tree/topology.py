@@ -8,6 +8,8 @@ node is deeper than M.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,8 +68,13 @@ def ancestor_mask(parents: jax.Array, valid: jax.Array, max_depth: int) -> jax.A
         bool [N, N]; ``[i, j]`` is true where j is i or an ancestor of i. Columns of invalid
         nodes are false but for the diagonal, which stays true so that no softmax row is empty.
     """
-    nodes = jnp.arange(parents.shape[0], dtype=jnp.int32)
-    related = jnp.any(lineage(parents, max_depth)[:, :, None] == nodes[None, None, :], axis=0)
+    return _mask(lineage(parents, max_depth), valid)
+
+
+def _mask(lineage: jax.Array, valid: jax.Array) -> jax.Array:
+    """``ancestor_mask`` of one row from its lineage [M+1, N]."""
+    nodes = jnp.arange(valid.shape[0], dtype=jnp.int32)
+    related = jnp.any(lineage[:, :, None] == nodes[None, None, :], axis=0)
     return (related & valid[None, :]) | (nodes[:, None] == nodes[None, :])
 
 
@@ -105,21 +112,38 @@ def path_to(parents: jax.Array, node: jax.Array, max_depth: int) -> jax.Array:
     return jnp.where(steps_up >= 0, line[jnp.maximum(steps_up, 0)], ROOT)
 
 
-def shape_of(tree: DraftTree, max_depth: int) -> tuple[jax.Array, jax.Array]:
+def lineages(tree: DraftTree, max_depth: int) -> jax.Array:
+    """``lineage`` of a batch of trees, int32 [B, M+1, N]."""
+    return jax.vmap(lambda parents: lineage(parents, max_depth))(tree.parents)
+
+
+def trim(tree: DraftTree, lineage: jax.Array, deepest: jax.Array) -> DraftTree:
+    """The tree without its nodes below a depth; the root stays.
+
+    Args:
+        tree: arrays [B, N].
+        lineage: int32 [B, M+1, N].
+        deepest: int32 [B], greatest depth that is kept.
+    """
+    depth = jnp.sum(lineage != ROOT, axis=1, dtype=jnp.int32)
+    valid = tree.valid & (depth <= jnp.maximum(deepest, 0)[:, None])
+    return dataclasses.replace(tree, valid=valid)
+
+
+def shape_of(tree: DraftTree, lineage: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Depth and attention mask of a batch of trees.
 
     Args:
         tree: arrays [B, N].
-        max_depth: M, at least the depth of the deepest node.
+        lineage: int32 [B, M+1, N], see ``lineages``.
 
     Returns:
-        ``depths`` int32 [B, N] and ``ancestor_mask`` bool [B, N, N].
+        Depths int32 [B, N] and masks bool [B, N, N] as of ``ancestor_mask``.
     """
-    depth = jax.vmap(lambda parents: depths(parents, max_depth))(tree.parents)
-    mask = jax.vmap(lambda parents, valid: ancestor_mask(parents, valid, max_depth))(
-        tree.parents, tree.valid
+    return (
+        jnp.sum(lineage != ROOT, axis=1, dtype=jnp.int32),
+        jax.vmap(_mask)(lineage, tree.valid),
     )
-    return depth, mask
 
 
 def root_only(pending: jax.Array) -> DraftTree:

@@ -1,0 +1,78 @@
+"""Memory that a decode will need, told before it is allocated."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from ctc_spec_jax.decode import Loop, start
+from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.types import Request
+
+
+def tree_bytes(tree) -> int:
+    """Bytes of the arrays, or of the shapes, of a pytree."""
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(leaf) -> int:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return int(np.prod(leaf.shape)) * 8
+    return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+
+
+def available_bytes() -> int | None:
+    """Free memory of the first local device, or of the host for a CPU; None where unknown."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    # Counts the page cache as free, which sysconf's number of free pages does not.
+    amounts = dict(line.split(":") for line in lines)
+    return int(amounts["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in amounts else None
+
+
+def check(needed: int, batch: int, what: str) -> None:
+    """Refuse a batch that cannot fit.
+
+    Args:
+      needed: bytes.
+      batch: rows.
+      what: the sizes that made it so large, for the message.
+
+    Raises:
+      InputError: more than is free, with both numbers.
+    """
+    free = available_bytes()
+    if free is not None and needed > free:
+        raise InputError(
+            f"batch: expected one that needs at most the {free / 2**30:.2f} GiB of memory that are "
+            f"free, found {batch} rows ({what}) that need about {needed / 2**30:.2f} GiB"
+        )
+
+
+_needed: dict[Any, int] = {}
+
+
+def decode_bytes(loop: Loop, params, draft_params, tokens, lengths, request: Request) -> int:
+    """Bytes of a decode beside the parameters: its state, and the largest intermediate arrays."""
+    shapes = tuple(leaf.shape for leaf in jax.tree.leaves((tokens, request)))
+    place = (loop, shapes, jax.tree.structure(request))
+    if place not in _needed:
+        state = jax.eval_shape(
+            lambda *a: start(loop, *a), params, draft_params, tokens, lengths, request
+        )
+        batch, width = tokens.shape
+        config = loop.target.config
+        scores = batch * config.num_heads * width * width
+        # Logits, what processing makes of them, and their exponentials.
+        laws = 3 * batch * loop.drafter.num_nodes * config.vocab_size
+        _needed[place] = tree_bytes(state) + 4 * max(scores, laws)
+    return _needed[place]

@@ -1,0 +1,248 @@
+"""What a caller may ask of a decode, checked once, and the arrays that the program gets.
+
+Names and off-values are those of ``transformers`` ``generate``; the presence and the frequency
+penalty are those of the OpenAI API.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ctc_spec_jax import stops
+from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.types import NO_TOKEN, Request, Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of one row. None turns an option off, and so does the value in brackets.
+
+    A stop string ends a row even before ``min_new_tokens``, which holds stop tokens back.
+
+    Raises:
+      InputError: a value out of range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None  # (0: greedy)
+    top_k: int | None = None  # (0, -1)
+    top_p: float | None = None  # (1)
+    min_p: float | None = None  # (0)
+    repetition_penalty: float | None = None  # (1)
+    presence_penalty: float | None = None  # (0)
+    frequency_penalty: float | None = None  # (0)
+    logit_bias: Mapping[int | tuple[int, ...], float] | None = None  # token or phrase -> bias
+    bad_words_ids: Sequence[Sequence[int]] | None = None  # phrases that must not be completed
+    min_new_tokens: int | None = None  # (0)
+    stop_token_ids: Sequence[int] | None = None  # beside the target's own
+    stop_strings: Sequence[str] | None = None
+    ignore_eos: bool = False  # the target's own stop tokens do not stop
+    draft_depth: int | None = None  # deepest drafted token that is used; 0: no draft
+
+    def __post_init__(self):
+        for name, (kind, fits, expected) in _NUMBERS.items():
+            _check_number(name, getattr(self, name), kind, fits, expected)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        if isinstance(self.stop_strings, str):
+            object.__setattr__(self, "stop_strings", (self.stop_strings,))
+        for text in self.stop_strings or ():
+            if not isinstance(text, str) or not text:
+                raise InputError(f"stop_strings: expected non-empty strings, found {text!r}")
+        for phrase, _ in self.phrases():
+            if not phrase:
+                raise InputError(
+                    "logit_bias, bad_words_ids: expected at least one token id, found none"
+                )
+
+    def phrases(self) -> list[tuple[tuple[int, ...], float]]:
+        """Token sequences and the bias of their last token; minus infinity for bad words."""
+        biased = [
+            ((key,) if isinstance(key, numbers.Integral) else tuple(key), float(value))
+            for key, value in (self.logit_bias or {}).items()
+        ]
+        return biased + [(tuple(ids), -math.inf) for ids in self.bad_words_ids or ()]
+
+
+_Check = tuple[type, Callable[[Any], bool], str]
+_NUMBERS: dict[str, _Check] = {
+    "max_new_tokens": (int, lambda x: x >= 1, "at least 1"),
+    "temperature": (float, lambda x: x >= 0, "a number of at least 0 (0 is greedy)"),
+    "top_k": (int, lambda x: x >= -1, "a whole number, 0 or -1 for off"),
+    "top_p": (float, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+    "min_p": (float, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "repetition_penalty": (float, lambda x: x > 0, "a number above 0"),
+    "presence_penalty": (float, lambda x: True, "a finite number"),
+    "frequency_penalty": (float, lambda x: True, "a finite number"),
+    "min_new_tokens": (int, lambda x: x >= 0, "at least 0"),
+    "draft_depth": (int, lambda x: x >= 0, "at least 0"),
+}
+
+
+def _check_number(name: str, value: Any, kind: type, fits: Callable[[Any], bool], expected: str):
+    if value is None and name != "max_new_tokens":
+        return
+    whole = numbers.Integral if kind is int else numbers.Real
+    right = isinstance(value, whole) and not isinstance(value, bool)
+    if not right or not math.isfinite(value) or not fits(value):
+        raise InputError(f"{name}: expected {expected}, found {value!r}")
+
+
+def per_row(batch: int, fields: Mapping[str, Any]) -> list[Options]:
+    """Options of every row; a field holds one value for all rows or a sequence of one per row.
+
+    Raises:
+      InputError: an unknown name, a value out of range, or a sequence of another length.
+    """
+    known = {field.name for field in dataclasses.fields(Options)}
+    for name in fields:
+        if name not in known:
+            raise InputError(f"option {name}: expected one of {', '.join(sorted(known))}, found it")
+    columns = {name: _column(name, value, batch) for name, value in fields.items()}
+    return [
+        Options(**{name: column[row] for name, column in columns.items()}) for row in range(batch)
+    ]
+
+
+_DEPTH = {"stop_token_ids": 1, "stop_strings": 1, "bad_words_ids": 2}
+"""How deep the lists of one row are nested; an option that is not here is a single value."""
+
+
+def _column(name: str, value: Any, batch: int) -> list[Any]:
+    depth = 0
+    level = value
+    while isinstance(level, Sequence | np.ndarray) and not isinstance(level, str):
+        depth += 1
+        # A row may leave out what another one has.
+        level = next((item for item in level if item is not None and not _empty(item)), None)
+    if depth <= _DEPTH.get(name, 0):
+        return [value] * batch
+    if len(value) != batch:
+        raise InputError(
+            f"{name}: expected one value for each of the {batch} prompts, found {len(value)}"
+        )
+    return [item.item() if isinstance(item, np.generic) else item for item in value]
+
+
+def _empty(item: Any) -> bool:
+    return isinstance(item, Sequence) and not len(item)
+
+
+def build_request(
+    rows: Sequence[Options],
+    keys,
+    stop_ids: Sequence[int],
+    vocab_size: int,
+    pieces: Callable[[], Sequence[bytes]],
+) -> Request:
+    """The arrays of a batch; an option that no row uses becomes None.
+
+    Args:
+      rows: options of every row.
+      keys: typed PRNG keys [B].
+      stop_ids: the target's own stop tokens.
+      vocab_size: V.
+      pieces: gives the bytes of every token; called where there are stop strings.
+
+    Raises:
+      InputError: token ids that the target does not have.
+    """
+    ends = [
+        (() if row.ignore_eos else tuple(stop_ids)) + tuple(row.stop_token_ids or ())
+        for row in rows
+    ]
+    for name, ids in [("stop_token_ids", ids) for ids in ends] + [
+        ("logit_bias, bad_words_ids", phrase) for row in rows for phrase, _ in row.phrases()
+    ]:
+        _check_ids(name, ids, vocab_size)
+    strings = [tuple(row.stop_strings or ()) for row in rows]
+    depths = [row.draft_depth for row in rows]
+    no_limit = np.iinfo(np.int32).max
+    return Request(
+        max_new_tokens=np.asarray([row.max_new_tokens for row in rows], np.int32),
+        stops=_pad(ends, NO_TOKEN),
+        keys=keys,
+        sampling=_sampling(rows, vocab_size),
+        stop_strings=stops.build(strings, pieces()) if any(strings) else None,
+        draft_depth=None
+        if all(depth is None for depth in depths)
+        else np.asarray([no_limit if depth is None else depth for depth in depths], np.int32),
+    )
+
+
+def _sampling(rows: Sequence[Options], vocab_size: int) -> Sampling:
+    def column(name: str, off: float, dtype=np.float32):
+        values = [getattr(row, name) for row in rows]
+        values = np.asarray([off if value is None else value for value in values], dtype)
+        return None if (values == off).all() else values
+
+    temperature = column("temperature", 0.0)
+    # Filters leave the arg-max alone, so a batch of greedy rows does without them.
+    drawn = (
+        {}
+        if temperature is None
+        else {
+            "top_k": column("top_k", 0, np.int32),
+            "top_p": column("top_p", 1.0),
+            "min_p": column("min_p", 0.0),
+        }
+    )
+    return Sampling(
+        temperature=temperature,
+        **drawn,
+        repetition_penalty=column("repetition_penalty", 1.0),
+        presence_penalty=column("presence_penalty", 0.0),
+        frequency_penalty=column("frequency_penalty", 0.0),
+        **_biases(rows, vocab_size),
+        min_new_tokens=column("min_new_tokens", 0, np.int32),
+    )
+
+
+def _biases(rows: Sequence[Options], vocab_size: int) -> dict[str, Any]:
+    single = [[(p[0], value) for p, value in row.phrases() if len(p) == 1] for row in rows]
+    longer = [[(p, value) for p, value in row.phrases() if len(p) > 1] for row in rows]
+    bias = phrases = phrase_bias = None
+    if any(single):
+        bias = np.zeros((len(rows), vocab_size), np.float32)
+        for row, pairs in enumerate(single):
+            for token, value in pairs:
+                bias[row, token] += value
+    if any(longer):
+        # Sizes are rounded up, so that another list of words seldom needs another program.
+        count = _round_up(max(len(pairs) for pairs in longer))
+        width = _round_up(max(len(p) for pairs in longer for p, _ in pairs))
+        phrases = np.full((len(rows), count, width), NO_TOKEN, np.int32)
+        phrase_bias = np.zeros((len(rows), count), np.float32)
+        for row, pairs in enumerate(longer):
+            for place, (phrase, value) in enumerate(pairs):
+                phrases[row, place, width - len(phrase) :] = phrase
+                phrase_bias[row, place] = value
+    return {"bias": bias, "phrases": phrases, "phrase_bias": phrase_bias}
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    for token in ids:
+        if not isinstance(token, numbers.Integral) or not 0 <= token < vocab_size:
+            raise InputError(
+                f"{name}: expected token ids below the target's vocabulary of {vocab_size}, "
+                f"found {token!r}"
+            )
+
+
+def _pad(rows: Sequence[Sequence[int]], filler: int) -> np.ndarray:
+    width = _round_up(max(1, *map(len, rows)) if rows else 1)
+    padded = np.full((len(rows), width), filler, np.int32)
+    for row, ids in enumerate(rows):
+        padded[row, : len(ids)] = ids
+    return padded
+
+
+def _round_up(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()

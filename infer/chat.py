@@ -1,0 +1,121 @@
+"""Chat with a model: its chat template, several turns, one cache on the device.
+
+    python -m infer.chat --target owner/model --drafter folder/of/a/drafter --temperature 0.7
+
+Ends with the input; /reset begins anew. Drafted tokens are green on a terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from ctc_spec_jax import demo
+from ctc_spec_jax.cli import (
+    add_options,
+    exit_on_bad_input,
+    option_fields,
+    painted,
+    use_compilation_cache,
+)
+from ctc_spec_jax.engine import Engine
+from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.streaming import Conversation
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_RESET = "/reset"
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", help="Hugging Face folder or hub id (default: the demo)")
+    parser.add_argument("--drafter", help="folder of a drafter (default: none, the demo's own)")
+    parser.add_argument("--template", help="Jinja file with a chat template")
+    parser.add_argument("--system", help="first message")
+    parser.add_argument("--context", type=int, default=0, help="tokens of all turns together")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of one answer")
+    parser.add_argument("--tree-nodes", type=int, default=demo.TREE_NODES)
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
+    parser.add_argument("--rounds", type=int, default=4, help="target passes between two pieces")
+    add_options(parser)
+    return parser.parse_args()
+
+
+def _use_template(engine: Engine, path: str) -> None:
+    try:
+        engine.tokenizer.chat_template = pathlib.Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--template: expected a readable file, found {path} ({error})") from error
+
+
+def _messages() -> Iterator[str]:
+    """Lines of the user; a prompt is shown on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def answer(engine: Engine, conversation: Conversation, message: str) -> None:
+    """Print the answer to a message as it grows, and what it took on standard error."""
+    count, piece = 0, None
+    for piece in conversation.send(message):
+        count += len(piece.tokens)
+        print(painted(engine, piece), end="", flush=True)
+    print(flush=True)
+    if piece is not None and piece.rounds:
+        print(
+            f"[{piece.finish}: {count} tokens in {piece.rounds} target passes, "
+            f"{count / piece.rounds:.2f} a pass]",
+            file=sys.stderr,
+        )
+
+
+@exit_on_bad_input
+def main() -> None:
+    """Entry point of ``python -m infer.chat``."""
+    arguments = _parse()
+    use_compilation_cache()
+    if arguments.dtype == "float32":
+        # Accelerators round the inputs of float32 products by default, which can swap near ties.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    dtype = _DTYPES[arguments.dtype]
+    engine = Engine.from_pretrained(
+        arguments.target, arguments.drafter, arguments.tree_nodes, dtype
+    )
+    if arguments.template:
+        _use_template(engine, arguments.template)
+    fields = option_fields(arguments, engine)
+
+    def begin() -> Conversation:
+        return Conversation(
+            engine,
+            context=arguments.context,
+            system=arguments.system,
+            rounds=arguments.rounds,
+            seed=arguments.seed,
+            **fields,
+        )
+
+    conversation = begin()
+    for message in _messages():
+        if message == _RESET:
+            conversation = begin()
+            continue
+        try:
+            answer(engine, conversation, message)
+        except InputError as error:
+            print(f"error: {error} ({_RESET} begins anew)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
