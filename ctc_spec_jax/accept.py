@@ -25,7 +25,7 @@ from ctc_spec_jax.types import (
     DecodeState,
     DraftTree,
     KnownTokens,
-    Law,
+    Laws,
     Record,
     Request,
     Sampling,
@@ -118,7 +118,7 @@ def count_round(stats: Stats, tree: DraftTree, depth, count, own_kept) -> Stats:
     )
 
 
-def note(record: Record, new, state: DecodeState, path, from_draft, law: Law) -> Record:
+def note(record: Record, new, state: DecodeState, path, from_draft, laws: Laws) -> Record:
     """Write what is asked for about the tokens ``new`` int32 [B, M+1] of a round.
 
     ``path`` int32 [B, M+1] holds the node after which each was emitted, ``from_draft`` bool
@@ -128,8 +128,7 @@ def note(record: Record, new, state: DecodeState, path, from_draft, law: Law) ->
     drafted = _write(record.from_draft, from_draft, start)
     if record.logprobs is None:
         return dataclasses.replace(record, from_draft=drafted)
-    on_path = jnp.take_along_axis(law.logits, path[..., None], axis=1)  # [B, M+1, V]
-    scores = token_log_probs(Law(on_path))
+    scores = token_log_probs(laws.at(path))  # [B, M+1, V]
     own = jnp.take_along_axis(scores, new[..., None], axis=2)[..., 0]
     record = Record(
         drafted, _write(record.logprobs, own, start), record.top_ids, record.top_logprobs

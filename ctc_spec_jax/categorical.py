@@ -40,10 +40,12 @@ def uniforms(keys, count: int, dtype):
 
 def _invert(weights, uniform):
     """The entry in which ``uniform`` of the total lies, and where in it: int32, float in [0, 1)."""
-    ends = jnp.cumsum(weights, axis=-1)
-    # Below the last end whatever the rounding, because the uniform is at most 1 - 2^-23: so some
-    # entry ends past it, and the first such entry has a positive weight.
-    place = uniform * ends[..., -1]
+    # Long cumulative sums add in another order for every entry: rounding lets them grow at a weight
+    # of 0, and fall. So the ends of such entries do not count.
+    ends = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+    # Below the largest end whatever the rounding, because the uniform is at most 1 - 2^-24: so some
+    # entry ends past it.
+    place = uniform * jnp.max(ends, axis=-1)
     index = jnp.argmax(ends > place[..., None], axis=-1).astype(jnp.int32)
     end, weight = (
         jnp.take_along_axis(a, index[..., None], axis=-1)[..., 0] for a in (ends, weights)

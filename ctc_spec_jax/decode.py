@@ -212,8 +212,8 @@ def run_round(
             params, state.cache, state.length, tree.tokens, positions, mask, drafter.taps
         )
         before = processing.prefixes(state, request, tree, lineage)
-        law = processing.process_logits(result.logits, request, state.known, before)
-        acceptance = loop.verifier(verify_keys, tree, depth, mask, law, drafter.max_depth)
+        laws = processing.NodeLaws(result.logits, request, state.known, before)
+        acceptance = loop.verifier(verify_keys, tree, depth, mask, laws, drafter.max_depth)
     with jax.named_scope("accept"):
         # No token is negative, so this is the length; but XLA cannot know, and so every write to
         # the cache waits for the logits, hence for all reads of the cache. Where a write could
@@ -234,7 +234,7 @@ def run_round(
             finish=finish,
             stats=accept.count_round(state.stats, tree, depth, count, own < count),
             record=accept.note(
-                state.record, new, state, acceptance.path, index < own[:, None], law
+                state.record, new, state, acceptance.path, index < own[:, None], laws
             ),
             known=accept.know(state.known, new, count),
             stop_state=stop_state,

@@ -294,12 +294,13 @@ def seed_keys(seed: int | Sequence[int], batch: int):
     return jnp.stack([loop_of.row_keys(jax.random.key(int(s)), 1)[0] for s in seed])
 
 
-_pieces: dict[int, tuple[Any, list[bytes]]] = {}
+_pieces: dict[tuple[int, int], tuple[Any, list[bytes]]] = {}
 
 
 def _pieces_of(tokenizer, vocab_size: int) -> list[bytes]:
     """Bytes of every token, made once per tokenizer."""
     # Tokenizers cannot be hashed; holding on to this one keeps its number its own.
-    if id(tokenizer) not in _pieces:
-        _pieces[id(tokenizer)] = (tokenizer, stops.token_bytes(tokenizer, vocab_size))
-    return _pieces[id(tokenizer)][1]
+    place = (id(tokenizer), vocab_size)
+    if place not in _pieces:
+        _pieces[place] = (tokenizer, stops.token_bytes(tokenizer, vocab_size))
+    return _pieces[place][1]

@@ -6,14 +6,16 @@ penalty, (presence and frequency penalties, which it lacks, as in the OpenAI API
 tokens, temperature, top-k, top-p, min-p. A node's law depends on its own prefix: on the committed
 tokens and the node's ancestors.
 
-Every filter keeps the tokens above a threshold. The thresholds are found by bisection over the
-bits of the logits: exact, without a sort, in plain reductions.
+Every filter keeps the tokens above a threshold. It is found among the largest few logits or, where
+they do not reach so far, by bisection over the bits of all: exact, without sorting a vocabulary.
 
 Shape letters: B batch, N tree nodes, M max depth, V vocabulary, Y phrases, W phrase length,
 S cache slots.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,9 @@ from ctc_spec_jax.types import (
     pytree,
 )
 
+_CANDIDATES = 64
+"""Largest logits that are sorted; filters that need more fall back to bisection."""
+
 
 @pytree
 class Prefixes:
@@ -39,6 +44,41 @@ class Prefixes:
     line: jax.Array  # int32 [B, N, M], the node and its ancestors below the root; NO_TOKEN past it
     recent: jax.Array | None  # int32 [B, N, W-1], last known tokens, newest last; NO_TOKEN before
     num_new: jax.Array  # int32 [B, N], new tokens up to the node, its own included
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeLaws:
+    """Laws of a draft's nodes, processed when they are asked for; see ``types.Laws``.
+
+    A walk visits few nodes of a tree, and the filters cost more than everything else in it.
+    """
+
+    logits: jax.Array  # float [B, N, V], of the target
+    request: Request
+    known: KnownTokens
+    before: Prefixes
+
+    @property
+    def greedy(self) -> jax.Array | None:
+        """bool [B], rows that take the arg-max; None: all of them."""
+        temperature = self.request.sampling.temperature
+        return None if temperature is None else temperature <= 0
+
+    def everywhere(self) -> Law:
+        """The law after every node."""
+        return process_logits(self.logits, self.request, self.known, self.before)
+
+    def at(self, nodes) -> Law:
+        """The laws after ``nodes`` int32 [B, K]."""
+        logits = jnp.take_along_axis(self.logits, nodes[..., None], axis=1)
+        before = jax.tree.map(lambda rows: _take(rows, nodes), self.before)
+        return process_logits(logits, self.request, self.known, before)
+
+
+def _take(rows, nodes):
+    """``rows`` [B, N, ...] at ``nodes`` [B, K]: [B, K, ...]."""
+    index = nodes.reshape(*nodes.shape, *(1,) * (rows.ndim - 2))
+    return jnp.take_along_axis(rows, index, axis=1)
 
 
 def prefixes(state: DecodeState, request: Request, tree: DraftTree, lineage) -> Prefixes:
@@ -78,7 +118,8 @@ def process_logits(logits, request: Request, known: KnownTokens, before: Prefixe
       before: prefixes of the nodes.
     """
     sampling = request.sampling
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if jnp.finfo(logits.dtype).bits < 32:
+        logits = logits.astype(jnp.float32)
     logits = _add_bias(logits, sampling, before)
     logits = _penalise(logits, sampling, known, before)
     if sampling.min_new_tokens is not None:
@@ -143,38 +184,62 @@ def _warp(logits, sampling: Sampling, greedy):
     logits = logits / _column(temperature, logits)
     if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
         return logits
-    ordered = _ordered(logits)
-    threshold = jnp.full((*logits.shape[:-1], 1), jnp.iinfo(ordered.dtype).min, ordered.dtype)
+    best = jax.lax.top_k(logits, min(_CANDIDATES, logits.shape[-1]))[0]
+    ordered, peak = _ordered(logits), best[..., :1]
+    threshold = jnp.full(peak.shape, jnp.iinfo(ordered.dtype).min, ordered.dtype)
     if sampling.top_k is not None:
-        off = greedy | (sampling.top_k <= 0)
-        k = jnp.where(off, logits.shape[-1], sampling.top_k)[:, None, None]
-
-        def enough(at):
-            return jnp.sum(ordered >= at, axis=-1, keepdims=True, dtype=jnp.int32) >= k
-
-        threshold = jnp.where(off[:, None, None], threshold, _largest(enough, threshold))
-    peak = jnp.max(logits, axis=-1, keepdims=True)
+        off = (greedy | (sampling.top_k <= 0))[:, None, None]
+        k = jnp.minimum(sampling.top_k, logits.shape[-1])[:, None, None]
+        threshold = jnp.where(off, threshold, _top_k_threshold(ordered, best, off, k))
     if sampling.top_p is not None:
+        off = (greedy | (sampling.top_p >= 1))[:, None, None]
         weights = jnp.where(ordered >= threshold, jnp.exp(logits - peak), 0.0)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        off = greedy | (sampling.top_p >= 1)
-        # Above 0 even where top_p is so small that float32 has 0 for it: the best token stays.
-        budget = total * _column(sampling.top_p, logits)
-        budget = jnp.maximum(budget, jnp.finfo(logits.dtype).tiny)
-
-        def full(at):
-            above = jnp.where(ordered > at, weights, 0.0)
-            return jnp.sum(above, axis=-1, keepdims=True) >= budget
-
-        # A token stays if those above it do not fill the nucleus; equal ones stay together.
-        nucleus = _largest(full, threshold) + 1
-        threshold = jnp.where(off[:, None, None], threshold, jnp.maximum(threshold, nucleus))
+        share = _column(sampling.top_p, logits)
+        inside = _ordered(best) >= threshold
+        nucleus = _top_p_threshold(ordered, weights, best, inside, off, share)
+        threshold = jnp.where(off, threshold, jnp.maximum(threshold, nucleus))
     keep = ordered >= threshold
     if sampling.min_p is not None:
-        off = greedy | (sampling.min_p <= 0)
-        floor = jnp.log(jnp.where(off, 1.0, sampling.min_p))[:, None, None].astype(logits.dtype)
-        keep &= (logits >= peak + floor) | off[:, None, None]
+        off = (greedy | (sampling.min_p <= 0))[:, None, None]
+        floor = jnp.log(jnp.where(off, 1.0, _column(sampling.min_p, logits)))
+        keep &= (logits >= peak + floor) | off
     return jnp.where(keep, logits, -jnp.inf)
+
+
+def _top_k_threshold(ordered, best, off, k):
+    """The k-th largest of ``ordered`` [.., V]; ``best`` [.., C] holds the largest, falling."""
+    known = best.shape[-1]
+    place = jnp.broadcast_to(jnp.clip(k - 1, 0, known - 1), (*best.shape[:-1], 1))
+    found = _ordered(jnp.take_along_axis(best, place, axis=-1))
+    closed = off | (k <= known)
+
+    def enough(at):
+        return jnp.sum(ordered >= at, axis=-1, keepdims=True, dtype=jnp.int32) >= k
+
+    # Fewer than C tokens lie above the last of the best, and C < k where that one is asked for.
+    low = jnp.where(closed, found, jnp.iinfo(ordered.dtype).min)
+    return _largest(enough, low, found + 1)
+
+
+def _top_p_threshold(ordered, weights, best, inside, off, share):
+    """The smallest value whose larger ones weigh less than ``share`` of all; equal ones stay.
+
+    ``weights`` [.., V] are 0 where top-k removed a token, and ``inside`` [.., C] is false there.
+    """
+    budget = share * jnp.sum(weights, axis=-1, keepdims=True)
+    candidates = _ordered(best)
+    mass = jnp.where(inside, jnp.exp(best - best[..., :1]), 0.0)
+    ends = jnp.cumsum(mass, axis=-1)
+    place = jnp.sum(ends - mass < budget, axis=-1, keepdims=True, dtype=jnp.int32) - 1
+    found = jnp.take_along_axis(candidates, jnp.maximum(place, 0), axis=-1)
+    closed = off | (ends[..., -1:] >= budget) | (best.shape[-1] == ordered.shape[-1])
+
+    def full(at):
+        above = jnp.where(ordered > at, weights, 0.0)
+        return jnp.sum(above, axis=-1, keepdims=True) >= budget
+
+    low = jnp.where(closed, found - 1, jnp.iinfo(ordered.dtype).min)
+    return _largest(full, low, found) + 1
 
 
 def _ordered(x):
@@ -186,21 +251,23 @@ def _ordered(x):
     return jnp.where(ordered == -1, 0, ordered)
 
 
-def _largest(holds, like):
-    """Largest integer for which ``holds``, a falling predicate that is true of the smallest one.
+def _largest(holds, low, high):
+    """Largest integer for which ``holds``, a falling predicate, true of low and false of high.
 
-    ``like`` gives shape and dtype. Bisection: as many evaluations as the dtype has bits.
+    Bisection; none where high is low + 1, which is where the candidates gave the answer.
     """
-    info = jnp.iinfo(like.dtype)
 
-    def halve(_, bounds):
+    def unsettled(bounds):
+        low, high = bounds
+        return jnp.any(low < high - 1)
+
+    def halve(bounds):
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         good = holds(middle)
         return jnp.where(good, middle, low), jnp.where(good, high, middle)
 
-    bounds = jnp.full_like(like, info.min), jnp.full_like(like, info.max)
-    return jax.lax.fori_loop(0, info.bits, halve, bounds)[0]
+    return jax.lax.while_loop(unsettled, halve, (low, high))[0]
 
 
 def _members(ids, vocab_size: int):

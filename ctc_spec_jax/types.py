@@ -66,6 +66,14 @@ class Law:
     logits: jax.Array  # float32 [B, N, V], -inf where a token is ruled out
     greedy: jax.Array | None = None  # bool [B], rows that take the arg-max; None: all of them
 
+    def everywhere(self) -> Law:
+        """See ``Laws``."""
+        return self
+
+    def at(self, nodes) -> Law:
+        """See ``Laws``."""
+        return Law(jnp.take_along_axis(self.logits, nodes[..., None], axis=1), self.greedy)
+
 
 @pytree
 class Sampling:
@@ -244,6 +252,23 @@ class Target(Protocol):
         ...
 
 
+class Laws(Protocol):
+    """The target's processed laws after the nodes of a draft; a ``Law`` is one."""
+
+    @property
+    def greedy(self) -> jax.Array | None:
+        """bool [B], rows that take the arg-max; None: all of them."""
+        ...
+
+    def everywhere(self) -> Law:
+        """The laws after all nodes."""
+        ...
+
+    def at(self, nodes) -> Law:
+        """The laws after ``nodes`` int32 [B, K]."""
+        ...
+
+
 class Drafter(Protocol):
     """A frozen dataclass that proposes trees."""
 
@@ -289,7 +314,9 @@ class Drafter(Protocol):
 class Verifier(Protocol):
     """A frozen dataclass: the rule that decides which path of a tree is kept."""
 
-    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
+    def __call__(
+        self, keys, tree: DraftTree, depth, mask, laws: Laws, max_depth: int
+    ) -> Acceptance:
         """Accept a path.
 
         Args:
@@ -297,10 +324,10 @@ class Verifier(Protocol):
           tree: the draft.
           depth: int32 [B, N].
           mask: bool [B, N, N], ancestors of each node and itself.
-          law: of the target after every node.
+          laws: of the target after the nodes.
           max_depth: M.
 
         Raises:
-          ValueError: the tree or the law lacks what the rule needs; at trace time.
+          ValueError: the tree or the laws lack what the rule needs; at trace time.
         """
         ...

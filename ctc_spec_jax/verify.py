@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ctc_spec_jax import categorical
-from ctc_spec_jax.types import ROOT, Acceptance, DraftTree, Law
+from ctc_spec_jax.types import ROOT, Acceptance, DraftTree, Law, Laws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +36,19 @@ class Greedy:
     arXiv 2302.01318, with a one-hot target law). An arg-max path, not a one-hot softmax.
     """
 
-    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
+    def __call__(
+        self, keys, tree: DraftTree, depth, mask, laws: Laws, max_depth: int
+    ) -> Acceptance:
         """See ``types.Verifier``; ``keys`` are not used.
 
         Raises:
           ValueError: the request has temperatures.
         """
         del keys
-        if law.greedy is not None:
+        if laws.greedy is not None:
             raise ValueError("Greedy: expected a request without temperatures, found some")
-        return _follow(first_argmax(law.logits), tree, depth, mask, max_depth)
+        wanted = first_argmax(laws.everywhere().logits)
+        return _follow(wanted, tree, depth, mask, max_depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +61,15 @@ class TargetSample:
     as naive multi-candidate sampling (arXiv 2401.06706) and as the walk of deterministic trees.
     """
 
-    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
+    def __call__(
+        self, keys, tree: DraftTree, depth, mask, laws: Laws, max_depth: int
+    ) -> Acceptance:
         """See ``types.Verifier``."""
-        wanted = target_tokens(keys, law)
-        return _follow(wanted, tree, depth, mask, max_depth)
+        if laws.greedy is None:
+            return Greedy()(keys, tree, depth, mask, laws, max_depth)
+        # One number per depth: the target draws once after every node that the walk visits.
+        uniform = categorical.uniforms(keys, max_depth + 1, jnp.float32)
+        return walk_down(uniform, tree, laws, max_depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +85,12 @@ class Typical:
     epsilon: float = 0.09
     delta: float = 0.3
 
-    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
+    def __call__(
+        self, keys, tree: DraftTree, depth, mask, laws: Laws, max_depth: int
+    ) -> Acceptance:
         """See ``types.Verifier``."""
-        wanted = target_tokens(keys, law)
+        law = laws.everywhere()
+        wanted = target_tokens(categorical.uniforms(keys, depth.shape[1], jnp.float32), law)
         if law.greedy is None:
             return _follow(wanted, tree, depth, mask, max_depth)
         log_probs = jax.nn.log_softmax(law.logits, axis=-1)
@@ -95,14 +106,43 @@ class Typical:
         return _longest(matches, wanted, tree, depth, mask, max_depth)
 
 
-def target_tokens(keys, law: Law):
-    """The target's own token after every node, int32 [B, N]; ``keys`` are consumed."""
+def target_tokens(uniform, law: Law):
+    """The target's own token after every node, int32 [B, N]; ``uniform`` float [B, N] in [0, 1)."""
     best = first_argmax(law.logits)
     if law.greedy is None:
         return best
     weights = jnp.exp(law.logits - jnp.max(law.logits, axis=-1, keepdims=True))
-    uniform = categorical.uniforms(keys, best.shape[1], weights.dtype)
-    return jnp.where(law.greedy[:, None], best, categorical.draw(weights, uniform))
+    drawn = categorical.draw(weights, uniform.astype(weights.dtype))
+    return jnp.where(law.greedy[:, None], best, drawn)
+
+
+def walk_down(uniform, tree: DraftTree, laws: Laws, max_depth: int) -> Acceptance:
+    """From the root on, draw the target's token and follow the child that carries it.
+
+    ``uniform`` is float [B, M+1] in [0, 1); number d makes the draw at depth d.
+    """
+    batch, nodes = tree.tokens.shape
+    below_root = jnp.arange(nodes, dtype=jnp.int32) > ROOT
+    levels = jnp.arange(max_depth + 1, dtype=jnp.int32)[None]
+
+    def step(place):
+        depth, node, path, _, walks = place
+        law = laws.at(node[:, None])
+        at_depth = jax.lax.dynamic_slice_in_dim(uniform, depth, 1, axis=1)
+        wanted = target_tokens(at_depth, law)  # [B, 1]
+        carries = (tree.parents == node[:, None]) & (tree.tokens == wanted)
+        carries &= tree.valid & below_root[None]
+        moves = walks & jnp.any(carries, axis=1)
+        node = jnp.where(moves, jnp.argmax(carries, axis=1).astype(jnp.int32), node)
+        path = jnp.where(moves[:, None] & (levels == depth + 1), node[:, None], path)
+        return depth + 1, node, path, jnp.where(walks, wanted[:, 0], place[3]), moves
+
+    zeros = jnp.zeros((batch,), jnp.int32)
+    path = jnp.zeros((batch, max_depth + 1), jnp.int32)
+    start = (jnp.int32(0), zeros, path, zeros, jnp.ones((batch,), bool))
+    _, _, path, token, _ = jax.lax.while_loop(lambda place: jnp.any(place[4]), step, start)
+    length = 1 + jnp.sum(path != ROOT, axis=1, dtype=jnp.int32)
+    return Acceptance(path, length, token)
 
 
 def first_argmax(logits):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ctc_spec_jax import categorical
-from ctc_spec_jax.types import ROOT, Acceptance, DraftTree, Law
+from ctc_spec_jax.types import ROOT, Acceptance, DraftTree, Law, Laws
 from ctc_spec_jax.verify import first_argmax
 
 
@@ -27,12 +27,14 @@ class Rejection:
     For chains (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318).
     """
 
-    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
+    def __call__(
+        self, keys, tree: DraftTree, depth, mask, laws: Laws, max_depth: int
+    ) -> Acceptance:
         """See ``types.Verifier``."""
         del depth, mask
         _need_chain("Rejection", tree, max_depth)
         _need_law("Rejection", tree)
-        return _walk(keys, tree, law, max_depth, replacement=True)
+        return _walk(keys, tree, laws.everywhere(), max_depth, replacement=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +47,13 @@ class MultiCandidate:
 
     replacement: bool = False
 
-    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
+    def __call__(
+        self, keys, tree: DraftTree, depth, mask, laws: Laws, max_depth: int
+    ) -> Acceptance:
         """See ``types.Verifier``."""
         del depth, mask
         _need_law("MultiCandidate", tree)
-        return _walk(keys, tree, law, max_depth, self.replacement)
+        return _walk(keys, tree, laws.everywhere(), max_depth, self.replacement)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +69,15 @@ class Mixed:
 
     replacement: bool = False
 
-    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
+    def __call__(
+        self, keys, tree: DraftTree, depth, mask, laws: Laws, max_depth: int
+    ) -> Acceptance:
         """See ``types.Verifier``."""
         del depth, mask
         _need_law("Mixed", tree)
         if tree.sampled is None:
             raise ValueError("Mixed: expected a tree that says which nodes are sampled, found none")
-        return _walk(keys, tree, law, max_depth, self.replacement)
+        return _walk(keys, tree, laws.everywhere(), max_depth, self.replacement)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +85,18 @@ class Block:
     """Accept the prefix of a chain by a joint test; never shorter on average than ``Rejection``.
 
     Block verification (Sun et al. 2024, arXiv 2403.10444, algorithm 2): prefixes are weighed by
-    the running ``w_i = min(1, w_{i-1} p(x_i)/q(x_i))``, the longest that passes is kept.
+    the running ``w_i = min(1, w_{i-1} p(x_i)/q(x_i))``, the longest that passes is kept. A fixed
+    node counts as drawn from a point mass.
     """
 
-    def __call__(self, keys, tree: DraftTree, depth, mask, law: Law, max_depth: int) -> Acceptance:
+    def __call__(
+        self, keys, tree: DraftTree, depth, mask, laws: Laws, max_depth: int
+    ) -> Acceptance:
         """See ``types.Verifier``."""
         del depth, mask
         _need_chain("Block", tree, max_depth)
-        draft_logits = _need_law("Block", tree)
+        draft_logits = _with_points(tree, _need_law("Block", tree))
+        law = laws.everywhere()
         greedy = _greedy(law)
         uniform = categorical.uniforms(keys, max_depth + 1, law.logits.dtype)
         rows = jax.vmap(block_row)
@@ -108,6 +118,16 @@ def _need_chain(rule: str, tree: DraftTree, max_depth: int) -> None:
             f"{rule}: expected a chain of {max_depth + 1} nodes for max_depth {max_depth}, found "
             f"{tree.tokens.shape[1]} nodes"
         )
+
+
+def _with_points(tree: DraftTree, draft_logits):
+    """Draft logits [B, N, V] of a chain; a point mass at a node whose child is fixed."""
+    if tree.sampled is None:
+        return draft_logits
+    child, drawn = (jnp.roll(a, -1, axis=1)[..., None] for a in (tree.tokens, tree.sampled))
+    index = jax.lax.broadcasted_iota(jnp.int32, draft_logits.shape, 2)
+    point = jnp.where(index == child, 0.0, -jnp.inf).astype(draft_logits.dtype)
+    return jnp.where(drawn, draft_logits, point)
 
 
 def _greedy(law: Law):
@@ -188,24 +208,32 @@ def _step(uniform, row: _Row, place: _Place, replacement: bool) -> _Place:
     best = first_argmax(row.logits[place.node])
     below = (row.parents == place.node) & row.valid & (index > ROOT)
     untried = below & row.sampled & (index > place.tried)
-    tries, child = jnp.any(untried), jnp.argmax(untried).astype(jnp.int32)
+    tries, child = jnp.any(untried), _first(untried)
     token = row.tokens[child]
-    passes = uniform * place.draft[token] < place.target[token]
+    drawn, wanted = place.draft[token], place.target[token]
+    # A law that underflows to 0 where the child lies says nothing that could be tested.
+    passes = (drawn > 0) & (uniform * drawn < wanted)
     passes = tries & jnp.where(row.greedy, token == best, passes)
 
     own = jnp.where(row.greedy, best, categorical.draw(place.target, uniform))
     carries = below & ~row.sampled & (row.tokens == own)
     follows = ~tries & jnp.any(carries)
     moves = passes | follows
-    node = jnp.where(passes, child, jnp.argmax(carries)).astype(jnp.int32)
+    node = jnp.where(passes, child, _first(carries))
 
     entered = _enter(row, jnp.where(moves, node, place.node))
     left = _after_failure(place, token, replacement)
     stays = (place.node, child, *left)
-    here = [jnp.where(moves, new, old) for new, old in zip(entered, stays, strict=True)]
+    here = (jnp.where(moves, new, old) for new, old in zip(entered, stays, strict=True))
+    at, tried, target, draft = here
     depth = place.depth + moves.astype(jnp.int32)
     path = place.path.at[depth].set(jnp.where(moves, node, place.path[depth]))
-    return _Place(place.step + 1, *here, depth, path, own, ~tries & ~moves)
+    done = ~tries & ~moves
+    return _Place(place.step + 1, at, tried, target, draft, depth, path, own, done)
+
+
+def _first(holds):
+    return jnp.argmax(holds).astype(jnp.int32)
 
 
 def _enter(row: _Row, node):
@@ -248,14 +276,15 @@ def block_row(uniform, tokens, valid, logits, draft_logits, greedy) -> Acceptanc
     steps = tokens.shape[0]
     target, draft = jax.nn.softmax(logits), jax.nn.softmax(draft_logits)
     drafted = jnp.cumprod(valid.astype(jnp.int32))  # 1 up to the end of the chain
-    end = jnp.sum(drafted) - 1
+    end = jnp.sum(drafted, dtype=jnp.int32) - 1
     weight = jnp.ones((), target.dtype)
     weights, passes = [weight], [jnp.array(True)]
     for i in range(1, steps):
         p, q = target[i - 1, tokens[i]], draft[i - 1, tokens[i]]
         weight = jnp.minimum(weight * p / jnp.where(q > 0, q, 1.0), 1.0)
         excess = jnp.sum(jnp.maximum(weight * target[i] - draft[i], 0.0))
-        scale = excess + 1.0 - weight
+        # In this order: adding 1 to a small excess first would round it away.
+        scale = excess + (1.0 - weight)
         # Where nothing is left to test (p = q, weight 1), later prefixes pass anyway.
         inner = jnp.where(scale > 0, excess / jnp.where(scale > 0, scale, 1.0), 1.0)
         passes.append(uniform[i] < jnp.where(i == end, weight, inner))
@@ -264,7 +293,8 @@ def block_row(uniform, tokens, valid, logits, draft_logits, greedy) -> Acceptanc
     matches = jnp.cumprod((tokens[1:] == best[:-1]).astype(jnp.int32), dtype=jnp.int32)
     index = jnp.arange(steps, dtype=jnp.int32)
     sampled_length = jnp.max(jnp.where(jnp.stack(passes) & (index <= end), index, 0))
-    length = jnp.where(greedy, jnp.minimum(jnp.sum(matches), end), sampled_length)
+    greedy_length = jnp.minimum(jnp.sum(matches, dtype=jnp.int32), end)
+    length = jnp.where(greedy, greedy_length, sampled_length)
     residual = jnp.maximum(jnp.stack(weights)[length] * target[length] - draft[length], 0.0)
     left = jnp.where((length < end) & jnp.any(residual > 0), residual, target[length])
     token = jnp.where(greedy, best[length], categorical.draw(left, uniform[0]))

@@ -65,7 +65,9 @@ def choose_prompts(
             _check(engine, prompt)
             prompts.append(prompt)
         except InputError as error:
-            problems.append(f"--prompts: line {number} of {path}: {error}")
+            # The line says which prompt it is.
+            sentence = str(error).removeprefix("prompt 0: ")
+            problems.append(f"--prompts: line {number} of {path}: {sentence}")
     if not prompts:
         raise InputError(
             "\nerror: ".join(problems)

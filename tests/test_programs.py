@@ -25,13 +25,13 @@ from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
-from infer import benchmark, generate
+from infer import benchmark, chat, generate
 from train import data, regenerate, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCAB, POSITIONS = 300, 128
 TEXT = (ROOT / "train" / "data.py").read_text()
-MODULES = (generate, benchmark, regenerate, train)
+MODULES = (generate, benchmark, chat, regenerate, train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,12 +250,20 @@ ARGUMENTS = [
     (("--prompt", "x", "--prompts", "y"), "--prompt: expected it or --prompts, found both"),
     (("--prompts", "{out}/none.jsonl"), "--prompts: expected a readable file, found .*none"),
     (("--prompts", "{out}/empty.jsonl"), "--prompts: expected at least one line .* found none"),
-    (("--prompts", "{out}/broken.jsonl"), "--prompts: expected an object .* line 2 .* found"),
-    (("--prompts", "{out}/number.jsonl"), "--prompts: expected an object .* line 1 .* found"),
+    (("--prompts", "{out}/broken.jsonl"), "line 1 of .*: expected an object .* found '{\"prom"),
+    (("--prompts", "{out}/number.jsonl"), "line 1 of .*: expected an object .* text, found 5"),
+    (("--prompts", "{out}/latin.jsonl"), r"line 1 of .*: expected UTF-8, found b'\\xe9'"),
     (
         ("--prompts", "{out}/long.jsonl", "--max-new-tokens", "16"),
-        f"prompt 1: expected at most {POSITIONS - 16} tokens, .* found [0-9]+",
+        f"line 1 of .*: expected at most {POSITIONS - 16} tokens, .* found [0-9]+",
     ),
+    (("--temperature", "-1"), "temperature: expected a number of at least 0 .* found -1.0"),
+    (("--top-p", "0"), "top_p: expected a number above 0 and at most 1, found 0.0"),
+    (("--top-p", "1.5"), "top_p: expected a number above 0 and at most 1, found 1.5"),
+    (("--stop", ""), "stop_strings: expected non-empty strings, found ''"),
+    (("--logit-bias", "7"), "--logit-bias: expected TOKEN=BIAS, found '7'"),
+    (("--logit-bias", "999=1"), f"logit_bias.*: expected token ids below .* {VOCAB}, found 999"),
+    (("--batch", "0"), "--batch: expected at least 1, found 0"),
     (("--max-new-tokens", "0"), "--max-new-tokens: expected at least 1, found 0"),
     (("--num-prompts", "0"), "--num-prompts: expected at least 1, found 0"),
     (("--repeats", "-1"), "--repeats: expected at least 1, found -1"),
@@ -269,13 +277,39 @@ ARGUMENTS = [
 @pytest.mark.parametrize(("arguments", "pattern"), ARGUMENTS)
 def test_bad_arguments(pair, sentence, tmp_path, arguments, pattern):
     (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
+    (tmp_path / "broken.jsonl").write_text('{"prompt": \n')
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     (tmp_path / "number.jsonl").write_text('{"prompt": 5}\n')
-    long = [{"prompt": "x"}, {"turns": ["y" * 500]}]
-    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, long)))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"turns": ["y" * 500]}))
     arguments = [argument.format(out=tmp_path) for argument in arguments]
-    places = ("--target", pair.target, "--drafter", pair.drafter)
+    places = ("--target", pair.target, "--drafter", pair.drafter, "--max-new-tokens", "8")
     assert re.search(pattern, sentence(generate, *places, *arguments))
+
+
+def test_the_other_lines_of_a_file_run(pair, call, capsys, tmp_path, monkeypatch):
+    """Lines that cannot be decoded are named with their numbers; the status is 2 at the end."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.json"
+    lines = [
+        b'{"prompt": "def f(x):", "temperature": 0.9, "stop_strings": ["zzzz"]}',
+        b'{"prompt": "caf\xe9"}',
+        b"",
+        b'{"prompt": "import os", "temperature": -1}',
+        b'{"prompt": "import os", "top_p": "many"}',
+        b'{"turns": ["import os"], "max_new_tokens": 4}',
+        b"{",
+    ]
+    prompts.write_bytes(b"\n".join(lines))
+    places = ("--target", pair.target, "--drafter", pair.drafter, "--prompts", prompts)
+    with pytest.raises(SystemExit) as stop:
+        call(generate, *places, "--max-new-tokens", 8, "--repeats", 1, "--json", out)
+    assert stop.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    for number, pattern, error in zip(
+        (2, 4, 5, 7), ("UTF-8", "temperature", "top_p", "an object"), errors, strict=True
+    ):
+        assert re.search(f"line {number} of .*expected.*{pattern}|{pattern}: expected", error)
+    result = json.loads(out.read_text())
+    assert result["tokens"] == 12 and len(result["text"]) == 2
 
 
 def test_a_target_needs_its_own_drafter(pair, sentence):

@@ -1,4 +1,5 @@
-"""Building blocks of drafts: chains, static templates, and an exact top-k for wide vocabularies.
+"""Building blocks of drafts: chains, static templates, an exact top-k for wide vocabularies, and
+children that are drawn at random.
 
 Shape letters: N tree nodes, M max depth, V vocabulary, F draft frames. Everything here that does
 not depend on data is Python or NumPy, made once.
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ctc_spec_jax import categorical
 from ctc_spec_jax.types import NO_PARENT, ROOT
 
 PUBLISHED_COUNTS = (10, 28, 23, 2)
@@ -225,3 +227,39 @@ def top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     found = jnp.take_along_axis(scores, jnp.minimum(index, n - 1), axis=1)
     values, at = lax.top_k(jnp.where(index < n, found, -jnp.inf), k)
     return values, jnp.take_along_axis(index, at, axis=1)
+
+
+def sample_children(
+    key: jax.Array, logits: jax.Array, num_children: int, replacement: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Children of one node, drawn from the softmax of ``logits``, in the order of the draws.
+
+    The rules for sampled drafts try siblings in that order: give them slots in it, and state the
+    same logits to the rule. Without replacement the largest logits perturbed by Gumbel noise, by
+    falling value, are successive draws (Gumbel top-k: Kool et al. 2019, arXiv 1903.06059).
+
+    Args:
+        key: typed PRNG key [], consumed.
+        logits: float [V], -inf where a token is ruled out; one finite at least.
+        num_children: K.
+        replacement: draw every child from the whole law; else siblings differ.
+
+    Returns:
+        Tokens int32 [K] and bool [K] which of them are children: without replacement there are no
+        more than tokens of positive probability.
+
+    Raises:
+        ValueError: if ``num_children`` is not in 1..V.
+    """
+    if not 1 <= num_children <= logits.shape[-1]:
+        raise ValueError(f"num_children: expected 1 to {logits.shape[-1]}, got {num_children}")
+    probs = jax.nn.softmax(logits)
+    if replacement:
+        uniform = categorical.uniforms(key[None], num_children, probs.dtype)[0]
+        tokens = jax.vmap(lambda u: categorical.draw(probs, u))(uniform)
+        return tokens, jnp.ones((num_children,), bool)
+    # With less range ("low") a wide flat law has equal scores, whose order is that of the ids.
+    noise = jax.random.gumbel(key, logits.shape, logits.dtype, mode="high")
+    # What underflows to 0 is out: a rule could not renormalise a law of nothing but zeros.
+    scores, tokens = top_k(jnp.where(probs > 0, logits + noise, -jnp.inf)[None], num_children)
+    return tokens[0].astype(jnp.int32), scores[0] > -jnp.inf
