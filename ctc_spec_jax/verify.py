@@ -67,7 +67,7 @@ class TargetSample:
         """See ``types.Verifier``."""
         if laws.greedy is None:
             return Greedy()(keys, tree, depth, mask, laws, max_depth)
-        # One number per depth: the target draws once after every node that the walk visits.
+        # One pair per depth: the target draws once after every node that the walk visits.
         uniform = categorical.uniforms(keys, max_depth + 1, jnp.float32)
         return walk_down(uniform, tree, laws, max_depth)
 
@@ -107,7 +107,7 @@ class Typical:
 
 
 def target_tokens(uniform, law: Law):
-    """The target's own token after every node, int32 [B, N]; ``uniform`` float [B, N] in [0, 1)."""
+    """The target's own token after every node, int32 [B, N]; ``uniform`` [B, N, 2] for ``draw``."""
     best = first_argmax(law.logits)
     if law.greedy is None:
         return best
@@ -119,7 +119,7 @@ def target_tokens(uniform, law: Law):
 def walk_down(uniform, tree: DraftTree, laws: Laws, max_depth: int) -> Acceptance:
     """From the root on, draw the target's token and follow the child that carries it.
 
-    ``uniform`` is float [B, M+1] in [0, 1); number d makes the draw at depth d.
+    ``uniform`` is float [B, M+1, 2], see ``categorical.draw``; pair d makes the draw at depth d.
     """
     batch, nodes = tree.tokens.shape
     below_root = jnp.arange(nodes, dtype=jnp.int32) > ROOT

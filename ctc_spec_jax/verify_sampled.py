@@ -185,7 +185,7 @@ def walk_row(uniform, row: _Row, max_depth: int, replacement: bool) -> Acceptanc
     """The walk from the root: try sampled children, then draw from what is left and follow.
 
     Args:
-      uniform: float [N] in [0, 1); step s of the walk uses number s. A step tries a child, or
+      uniform: float [N, 2] in [0, 1); step s of the walk uses pair s. A step tries a child, or
         draws and moves or ends: at most N steps, as every node is tried or entered once.
       row: of draft and target.
       max_depth: M.
@@ -212,7 +212,7 @@ def _step(uniform, row: _Row, place: _Place, replacement: bool) -> _Place:
     token = row.tokens[child]
     drawn, wanted = place.draft[token], place.target[token]
     # A law that underflows to 0 where the child lies says nothing that could be tested.
-    passes = (drawn > 0) & (uniform * drawn < wanted)
+    passes = (drawn > 0) & (uniform[0] * drawn < wanted)
     passes = tries & jnp.where(row.greedy, token == best, passes)
 
     own = jnp.where(row.greedy, best, categorical.draw(place.target, uniform))
@@ -266,7 +266,7 @@ def block_row(uniform, tokens, valid, logits, draft_logits, greedy) -> Acceptanc
     """Block verification of one chain.
 
     Args:
-      uniform: float [M+1] in [0, 1); number i tests prefix i, number 0 draws the next token.
+      uniform: float [M+1, 2] in [0, 1); pair i tests prefix i, pair 0 draws the next token.
       tokens: int32 [M+1], the root first.
       valid: bool [M+1]; the chain ends before the first invalid node.
       logits: float [M+1, V], processed, of the target.
@@ -287,7 +287,7 @@ def block_row(uniform, tokens, valid, logits, draft_logits, greedy) -> Acceptanc
         scale = excess + (1.0 - weight)
         # Where nothing is left to test (p = q, weight 1), later prefixes pass anyway.
         inner = jnp.where(scale > 0, excess / jnp.where(scale > 0, scale, 1.0), 1.0)
-        passes.append(uniform[i] < jnp.where(i == end, weight, inner))
+        passes.append(uniform[i, 0] < jnp.where(i == end, weight, inner))
         weights.append(weight)
     best = first_argmax(logits)
     matches = jnp.cumprod((tokens[1:] == best[:-1]).astype(jnp.int32), dtype=jnp.int32)

@@ -372,7 +372,8 @@ def run_rule(rule, max_depth: int, uniform, tree: DraftTree, law: Law):
 
     def given(keys, count, dtype):
         del dtype  # as exact as the laws are
-        return keys[:, :count]
+        # Small laws are drawn from with the first number of a pair.
+        return jax.numpy.repeat(keys[:, :count, None], 2, axis=2)
 
     with mock.patch.object(categorical, "uniforms", given):
         return rule(uniform, tree, depth, mask, law, max_depth)

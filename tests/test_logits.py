@@ -415,20 +415,23 @@ FILTERS = [
     *({"top_p": float(np.float32(1) - np.float32(d))} for d in (1e-7, 2e-7, 1e-6)),
     *({"min_p": p} for p in (1e-30, 0.003, 0.1, 0.6, 1.0)),
     *({"top_k": k, "top_p": p} for k in (1, 40, 700) for p in (1e-4, 0.7, 0.99)),
+    *({"top_k": k, "top_p": float(np.float32(1) - np.float32(6e-8))} for k in range(4, 60, 5)),
     *({"top_k": 100, "top_p": 0.95, "min_p": p} for p in (0.01, 0.3)),
 ]
 
 
 @pytest.fixture(scope="module")
 def filter_scores() -> np.ndarray:
-    """float32 [4, 1000]: heavy ties, ties with zeros of both signs, no ties, one big group."""
+    """float32 [5, 1000]: heavy ties, zeros of both signs, no ties, one big group, neighbours."""
     rng = np.random.default_rng(3)
-    smooth = (2 * rng.standard_normal((4, 1000))).astype(np.float32)
+    smooth = (2 * rng.standard_normal((5, 1000))).astype(np.float32)
     scores = smooth.copy()
     scores[0] = np.round(4 * smooth[0]) / 4
     scores[1] = np.where(np.abs(smooth[1]) < 1, 0.0 * smooth[1], np.minimum(smooth[1], 0.0))
     scores[3] = np.where(smooth[3] > -1, 1.5, smooth[3])
     scores[:3, rng.permutation(1000)[:300]] = -np.inf
+    scores[4] = (bits(np.float32(1.5)) + rng.permutation(1000).astype(np.int32)).view(np.float32)
+    scores[4, rng.permutation(1000)[:309]] = -np.inf  # top-p is no multiple of 1/691
     assert np.signbit(scores[1][scores[1] == 0]).any()
     return scores
 
@@ -453,7 +456,7 @@ def test_thresholds_equal_those_of_a_sort(filter_scores):
             assert kept.any() and not (least & ~kept).any() and not (kept & ~most).any(), options
             assert raw[kept].min() > max(raw[~kept], default=-math.inf), options
             clear += (least == most).all()
-    assert clear >= (len(FILTERS) - 3) * kinds  # all but those next to 1
+    assert clear >= sum(1 - 2e-6 > some.get("top_p", 0.5) for some in FILTERS) * kinds
 
 
 def test_zeros_of_both_signs_tie():

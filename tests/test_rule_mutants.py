@@ -191,12 +191,12 @@ def siblings_tested_alone(monkeypatch, setting):
             return jnp.take_along_axis(at_parent, tree.tokens[..., None], axis=2)[..., 0]
 
         uniform = categorical.uniforms(keys, tree.tokens.shape[1], p.dtype)
-        matches = uniform * of_token(q) < of_token(p)
+        matches = uniform[..., 0] * of_token(q) < of_token(p)
         nodes = jnp.arange(up.shape[1], dtype=jnp.int32)[None, :, None]
         children = jnp.any(tree.parents[:, None, :] == nodes, axis=-1)
         left = jnp.where(children[..., None], jnp.maximum(p - q, 0.0), p)
         left = jnp.where(jnp.any(left > 0, axis=-1, keepdims=True), left, p)
-        wanted = categorical.draw(left, jnp.broadcast_to(uniform[:, :1], up.shape))
+        wanted = categorical.draw(left, jnp.broadcast_to(uniform[:, :1], (*up.shape, 2)))
         return verify._longest(matches, wanted, tree, depth, mask, max_depth)
 
     monkeypatch.setattr(verify_sampled, "_walk", walk)
@@ -274,7 +274,7 @@ def draw_of_an_impossible_token(monkeypatch, setting):
     def invert(weights, uniform):
         ends = jnp.cumsum(weights, axis=-1)
         place = uniform * ends[..., -1]
-        return jnp.argmax(ends >= place[..., None], axis=-1).astype(jnp.int32), uniform
+        return jnp.argmax(ends >= place[..., None], axis=-1).astype(jnp.int32)
 
     monkeypatch.setattr(categorical, "_invert", invert)
     return setting

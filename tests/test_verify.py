@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -359,20 +360,38 @@ def test_refusals_at_trace_time():
 
 @pytest.mark.parametrize("size", [1, 3, 64, 65, 300, 5000])
 def test_draw_changes_at_the_cumulative_sums(size):
-    """Just inside both ends of every entry's interval, in float64."""
+    """Just inside both ends of the intervals of a block and of an entry in it, in float64."""
     draw = np.random.default_rng(size)
     weights = draw.random(size) * (draw.random(size) < 0.7)
     weights[draw.integers(size)] = 1.0
-    ends = np.cumsum(weights) / weights.sum()
-    starts = np.concatenate([[0.0], ends[:-1]])
     index = np.flatnonzero(weights)
-    low, high = starts[index] + 1e-13, ends[index] - 1e-13
-    assert (low < high).all()
+    split = np.pad(weights, (0, -size % 64)).reshape(-1, 64)
+    inner = np.cumsum(split, axis=1) / np.maximum(split.sum(axis=1, keepdims=True), 1e-300)
+    outer = np.cumsum(split.sum(axis=1)) / weights.sum()
+    block, place = index // 64, index % 64
+
+    def interval(ends, at):
+        starts = np.concatenate([np.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
+        return starts[at] + 1e-13, ends[at] - 1e-13
+
+    pairs = [interval(inner, (block, place))]
+    pairs.insert(0, interval(outer, (block,)) if len(split) > 1 else pairs[0])
+    assert all((low < high).all() for low, high in pairs)
     with jax.enable_x64(True):
         found = jax.jit(jax.vmap(categorical.draw, (None, 0)))
-        for uniform in (np.maximum(low, 0), np.minimum(high, enumeration.LAST), (low + high) / 2):
+        for ends in itertools.product((0, 1), repeat=2):
+            uniform = np.stack([pair[end] for pair, end in zip(pairs, ends, strict=True)], axis=1)
+            uniform = np.clip(uniform, 0, enumeration.LAST)
             np.testing.assert_array_equal(found(weights, uniform), index)
-        np.testing.assert_array_equal(found(3 * weights, (low + high) / 2), index)
+            np.testing.assert_array_equal(found(3 * weights, uniform), index)
+
+
+def test_draw_is_as_fine_as_the_laws_of_large_vocabularies():
+    """Both numbers count: with one alone, no more than 2^23 laws of a draw exist."""
+    weights = jnp.ones((32000,), jnp.float32)
+    pairs = jnp.asarray([[0.25, 0.5], [0.25, 0.99], [0.75, 0.5]], jnp.float32)
+    first, same_block, other = np.asarray(_draws(weights, pairs))
+    assert first != same_block and first // 64 == same_block // 64 != other // 64
 
 
 _draws = jax.jit(jax.vmap(categorical.draw, (None, 0)))
@@ -399,6 +418,7 @@ def test_draw_never_returns_an_entry_of_weight_0(seed, size, density, spread):
     near = np.concatenate([ends + np.float32(2**-24) * k for k in range(-4, 5)])
     uniform = np.concatenate([[0.0, 1 - 2**-24], draw.choice(near, 2000)])
     uniform = np.clip(uniform, 0, 1 - 2**-24).astype(np.float32)
+    uniform = np.stack([uniform, draw.permutation(uniform)], axis=1)
     found = np.asarray(_draws(weights, uniform))
     assert (weights[found] > 0).all()
 
@@ -406,8 +426,8 @@ def test_draw_never_returns_an_entry_of_weight_0(seed, size, density, spread):
 def test_uniforms_are_one_rows_own():
     keys = jax.random.split(jax.random.key(0), 4)
     found = categorical.uniforms(keys, 5, jnp.float32)
-    assert found.shape == (4, 5) and found.dtype == jnp.float32
-    assert 0 <= found.min() and found.max() < 1 and len(np.unique(found)) == 20
+    assert found.shape == (4, 5, 2) and found.dtype == jnp.float32
+    assert 0 <= found.min() and found.max() < 1 and len(np.unique(found)) == 40
     np.testing.assert_array_equal(found[2:], categorical.uniforms(keys[2:], 5, jnp.float32))
 
 
