@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _BLOCK = 64
 """Weights are summed in blocks of this size; entry by entry only in the block that is hit."""
+
+_SHORT = 256
+"""Longest sums that are made by a product with a triangle of ones."""
 
 
 def draw(weights, uniform):
@@ -36,6 +40,17 @@ def draw(weights, uniform):
     return block * _BLOCK + _invert(inside, uniform[..., 1])
 
 
+def running_sum(weights):
+    """Cumulative sums along the last axis of float [..., n]; each is rounded on its own."""
+    size = weights.shape[-1]
+    if size > _SHORT:
+        return jnp.cumsum(weights, axis=-1)
+    # A product, because XLA on CPU adds up a window per entry and computes the weights anew in
+    # every one. Accelerators would round the weights without the precision.
+    upper = np.triu(np.ones((size, size), weights.dtype))
+    return jnp.matmul(weights, upper, precision=jax.lax.Precision.HIGHEST)
+
+
 def uniforms(keys, count: int, dtype):
     """Pairs of numbers, float [B, count, 2] in [0, 1); ``keys`` [B] are consumed."""
     return jax.vmap(lambda key: jax.random.uniform(key, (count, 2), dtype))(keys)
@@ -45,7 +60,7 @@ def _invert(weights, uniform):
     """The entry in which ``uniform`` of the total lies, int32."""
     # Long cumulative sums add in another order for every entry: rounding lets them grow at a weight
     # of 0, and fall. So the ends of such entries do not count.
-    ends = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+    ends = jnp.where(weights > 0, running_sum(weights), 0.0)
     # Below the largest end whatever the rounding, because the uniform is at most 1 - 2^-24: so some
     # entry ends past it.
     place = uniform * jnp.max(ends, axis=-1)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctc_spec_jax import categorical
 from ctc_spec_jax.types import (
     NO_TOKEN,
     ROOT,
@@ -185,7 +186,8 @@ def _warp(logits, sampling: Sampling, greedy):
     if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
         return logits
     best = jax.lax.top_k(logits, min(_CANDIDATES, logits.shape[-1]))[0]
-    ordered, peak = _ordered(logits), best[..., :1]
+    # Not the first of the best: XLA on CPU would sort the vocabulary for a slice of a top-k.
+    ordered, peak = _ordered(logits), jnp.max(logits, axis=-1, keepdims=True)
     threshold = jnp.full(peak.shape, jnp.iinfo(ordered.dtype).min, ordered.dtype)
     if sampling.top_k is not None:
         off = (greedy | (sampling.top_k <= 0))[:, None, None]
@@ -196,7 +198,8 @@ def _warp(logits, sampling: Sampling, greedy):
         weights = jnp.where(ordered >= threshold, jnp.exp(logits - peak), 0.0)
         share = _column(sampling.top_p, logits)
         inside = _ordered(best) >= threshold
-        nucleus = _top_p_threshold(ordered, weights, best, inside, off, share)
+        masses = jnp.where(inside, jnp.exp(best - peak), 0.0)
+        nucleus = _top_p_threshold(ordered, weights, best, masses, off, share)
         threshold = jnp.where(off, threshold, jnp.maximum(threshold, nucleus))
     keep = ordered >= threshold
     if sampling.min_p is not None:
@@ -221,16 +224,16 @@ def _top_k_threshold(ordered, best, off, k):
     return _largest(enough, low, found + 1)
 
 
-def _top_p_threshold(ordered, weights, best, inside, off, share):
+def _top_p_threshold(ordered, weights, best, masses, off, share):
     """The smallest value whose larger ones weigh less than ``share`` of all; equal ones stay.
 
-    ``weights`` [.., V] are 0 where top-k removed a token, and ``inside`` [.., C] is false there.
+    ``weights`` [.., V] of all tokens and ``masses`` [.., C] of the best are 0 where top-k removed
+    a token.
     """
     budget = share * jnp.sum(weights, axis=-1, keepdims=True)
     candidates = _ordered(best)
-    mass = jnp.where(inside, jnp.exp(best - best[..., :1]), 0.0)
-    ends = jnp.cumsum(mass, axis=-1)
-    place = jnp.sum(ends - mass < budget, axis=-1, keepdims=True, dtype=jnp.int32) - 1
+    ends = categorical.running_sum(masses)
+    place = jnp.sum(ends - masses < budget, axis=-1, keepdims=True, dtype=jnp.int32) - 1
     found = jnp.take_along_axis(candidates, jnp.maximum(place, 0), axis=-1)
     closed = off | (ends[..., -1:] >= budget) | (best.shape[-1] == ordered.shape[-1])
 

@@ -394,7 +394,7 @@ def check_bookkeeping(loop: Loop, case: Case, out: GenerateOutput) -> None:
     assert found == accepted.tolist(), f"accepted: expected {accepted}, found {found}"
     assert accepted.sum() == drafted.sum()
     assert (stats.drafted >= stats.accepted).all() and not stats.drafted[deepest:].any()
-    # All but the last token of the round that was cut are own tokens: one of every full round.
+    # Every round ends with the target's own token, but for the last one if that was cut.
     assert length - drafted.sum() in (len(emitted), len(emitted) - 1)
     if out.record.logprobs is not None:
         assert not out.record.logprobs[length:].any(), "log-probabilities past the length"
@@ -422,7 +422,8 @@ def check_laws(case: Case, out: GenerateOutput, scores, ties: list, thresholds: 
                 noise = draw.uniform(-ROUNDING, ROUNDING, VOCAB)
                 near = law(scores[place] + noise)
                 if not disagreement(case, near, token, logprobs[place]):
-                    wrong = thresholds.append(place)
+                    thresholds.append(place)
+                    wrong = None
                     break
         assert not wrong, f"token {place}: {wrong}"
 
