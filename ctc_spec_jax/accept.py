@@ -76,7 +76,7 @@ def cut(tokens, acceptance: Acceptance, state: DecodeState, request: Request):
     reason = jnp.where(within, OUT_OF_BUDGET, CACHE_FULL)
     reason = jnp.where(running & (count == room), reason, state.finish)
     reason = jnp.where(stopped, jnp.where(by_token, STOPPED, STOPPED_BY_STRING), reason)
-    if strings is not None:
+    if strings is not None and state.stop_state is not None:
         kept = jnp.take_along_axis(strings, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
         strings = jnp.where(count > 0, kept, state.stop_state)
     return dataclasses.replace(acceptance, length=count), reason.astype(jnp.int32), strings

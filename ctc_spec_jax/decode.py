@@ -278,7 +278,7 @@ def output(loop: Loop, state: DecodeState) -> GenerateOutput:
     place = jnp.minimum(state.prompt_length[:, None] + index, state.tokens.shape[1] - 1)
     real = index < lengths[:, None]
 
-    def cut(array, filler):
+    def cut(array, filler) -> Any:
         if array is None:
             return None
         array = array[:, : loop.capacity]

@@ -24,7 +24,7 @@ from ctc_spec_jax.options import Options
 from ctc_spec_jax.types import Drafter, GenerateOutput, Params, Request, Verifier
 from ctc_spec_jax.verify import TargetSample
 
-Prompts = Sequence[str] | Sequence[Sequence[int]]
+Prompts = Sequence[str | Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ S cache slots.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -181,8 +182,8 @@ def _penalise(logits, sampling: Sampling, known: KnownTokens, before: Prefixes):
 
 def _warp(logits, sampling: Sampling, greedy):
     """Temperature and filters; greedy rows are left alone."""
-    temperature = jnp.where(greedy, 1.0, sampling.temperature)
-    logits = logits / _column(temperature, logits)
+    temperature = jnp.where(greedy[:, None, None], 1.0, _column(sampling.temperature, logits))
+    logits = logits / temperature
     if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
         return logits
     best = jax.lax.top_k(logits, min(_CANDIDATES, logits.shape[-1]))[0]
@@ -281,6 +282,6 @@ def _members(ids, vocab_size: int):
     return jnp.zeros((ids.shape[0], vocab_size), bool).at[rows, index].set(True, mode="drop")
 
 
-def _column(values, like):
+def _column(values, like) -> Any:
     """[B] -> [B, 1, 1] in the dtype of ``like``."""
     return None if values is None else values[:, None, None].astype(like.dtype)

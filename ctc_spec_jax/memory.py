@@ -6,10 +6,12 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ctc_spec_jax.decode import Loop, start
 from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.types import Request
 
 
@@ -19,7 +21,7 @@ def tree_bytes(tree) -> int:
 
 
 def _bytes(leaf) -> int:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return int(np.prod(leaf.shape)) * 8
     return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
 
@@ -70,7 +72,7 @@ def decode_bytes(loop: Loop, params, draft_params, tokens, lengths, request: Req
             lambda *a: start(loop, *a), params, draft_params, tokens, lengths, request
         )
         batch, width = tokens.shape
-        config = loop.target.config
+        config: DecoderConfig = vars(loop.target)["config"]
         scores = batch * config.num_heads * width * width
         # Logits, what processing makes of them, and their exponentials.
         laws = 3 * batch * loop.drafter.num_nodes * config.vocab_size

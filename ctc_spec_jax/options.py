@@ -64,7 +64,7 @@ class Options:
     def phrases(self) -> list[tuple[tuple[int, ...], float]]:
         """Token sequences and the bias of their last token; minus infinity for bad words."""
         biased = [
-            ((key,) if isinstance(key, numbers.Integral) else tuple(key), float(value))
+            (tuple(key) if isinstance(key, Sequence) else (key,), float(value))
             for key, value in (self.logit_bias or {}).items()
         ]
         return biased + [(tuple(ids), -math.inf) for ids in self.bad_words_ids or ()]
@@ -89,9 +89,13 @@ def _check_number(name: str, value: Any, kind: type, fits: Callable[[Any], bool]
     if value is None and name != "max_new_tokens":
         return
     whole = numbers.Integral if kind is int else numbers.Real
-    right = isinstance(value, whole) and not isinstance(value, bool)
-    if not right or not math.isfinite(value) or not fits(value):
+    right = isinstance(value, whole) and not isinstance(value, bool | np.bool_)
+    if not right or not _is_finite(value) or not fits(value):
         raise InputError(f"{name}: expected {expected}, found {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    return math.isfinite(value)
 
 
 def per_row(batch: int, fields: Mapping[str, Any]) -> list[Options]:
@@ -177,7 +181,7 @@ def build_request(
 
 
 def _sampling(rows: Sequence[Options], vocab_size: int) -> Sampling:
-    def column(name: str, off: float, dtype=np.float32):
+    def column(name: str, off: float, dtype: Any = np.float32):
         values = [getattr(row, name) for row in rows]
         values = np.asarray([off if value is None else value for value in values], dtype)
         return None if (values == off).all() else values

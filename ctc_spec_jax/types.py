@@ -29,6 +29,9 @@ string completed, no cache slots left."""
 NO_STRINGS, MATCHED = 0, 1
 """States of a stop-string automaton: a row without stop strings; a stop string is complete."""
 
+Array = Any
+"""A ``jax.Array``, or what callers may hand over in its place: a NumPy array."""
+
 Params = Any
 """A nested dict of arrays."""
 
@@ -83,17 +86,17 @@ class Sampling:
     is an array, a row turns it off with the value in brackets.
     """
 
-    temperature: jax.Array | None = None  # float32 [B] (0: greedy)
-    top_k: jax.Array | None = None  # int32 [B] (0)
-    top_p: jax.Array | None = None  # float32 [B] (1)
-    min_p: jax.Array | None = None  # float32 [B] (0)
-    repetition_penalty: jax.Array | None = None  # float32 [B] (1)
-    presence_penalty: jax.Array | None = None  # float32 [B] (0)
-    frequency_penalty: jax.Array | None = None  # float32 [B] (0)
-    bias: jax.Array | None = None  # float32 [B, V], added to the logits (0)
-    phrases: jax.Array | None = None  # int32 [B, Y, W], token sequences, left-padded (NO_TOKEN)
-    phrase_bias: jax.Array | None = None  # float32 [B, Y], for a phrase's last token (0)
-    min_new_tokens: jax.Array | None = None  # int32 [B] (0)
+    temperature: Array | None = None  # float32 [B] (0: greedy)
+    top_k: Array | None = None  # int32 [B] (0)
+    top_p: Array | None = None  # float32 [B] (1)
+    min_p: Array | None = None  # float32 [B] (0)
+    repetition_penalty: Array | None = None  # float32 [B] (1)
+    presence_penalty: Array | None = None  # float32 [B] (0)
+    frequency_penalty: Array | None = None  # float32 [B] (0)
+    bias: Array | None = None  # float32 [B, V], added to the logits (0)
+    phrases: Array | None = None  # int32 [B, Y, W], token sequences, left-padded (NO_TOKEN)
+    phrase_bias: Array | None = None  # float32 [B, Y], for a phrase's last token (0)
+    min_new_tokens: Array | None = None  # int32 [B] (0)
 
 
 @pytree
@@ -103,20 +106,20 @@ class StopStrings:
     ``NO_STRINGS`` leads to itself, and so does ``MATCHED``.
     """
 
-    table: jax.Array  # int32 [Q, V], state after a token
-    start: jax.Array  # int32 [B], state of each row before its first new token
+    table: Array  # int32 [Q, V], state after a token
+    start: Array  # int32 [B], state of each row before its first new token
 
 
 @pytree
 class Request:
     """What every row asks for. Arrays, so that the rows of a batch may differ in everything."""
 
-    max_new_tokens: jax.Array  # int32 [B]
-    stops: jax.Array  # int32 [B, X], stop token ids, padded with NO_TOKEN
-    keys: jax.Array  # typed PRNG keys [B]; a row's output depends on its own key alone
+    max_new_tokens: Array  # int32 [B]
+    stops: Array  # int32 [B, X], stop token ids, padded with NO_TOKEN
+    keys: Array  # typed PRNG keys [B]; a row's output depends on its own key alone
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop_strings: StopStrings | None = None
-    draft_depth: jax.Array | None = None  # int32 [B], deepest drafted node that is used
+    draft_depth: Array | None = None  # int32 [B], deepest drafted node that is used
 
 
 @pytree

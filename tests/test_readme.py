@@ -11,6 +11,6 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 def test_readme_shows_the_measurement():
     measured = json.loads((demo.target_folder().parent / "measured.json").read_text())
-    results = [Result(text=[], **size) for size in measured["sizes"]]
+    results = [Result(text=[], finish=[], **size) for size in measured["sizes"]]
     assert table(results) in README.read_text()
     assert all(result.identical for result in results)
