@@ -133,7 +133,7 @@ class _NoModel(DecoderLM):
         batch, nodes = tokens.shape
         c = self.config
         seed = (positions + jnp.sum(mask, axis=-1, dtype=jnp.int32)).astype(jnp.float32)
-        logits = jnp.cos(seed[..., None] + jnp.arange(c.vocab_size, dtype=jnp.float32))
+        logits = jnp.cos(seed[..., None] + jnp.arange(c.vocab_size, dtype=jnp.float32)[None, None])
         hidden = jnp.broadcast_to(seed[..., None], (batch, nodes, c.width))
         key = jnp.broadcast_to(seed[:, None, None], (batch, c.num_kv_heads, c.head_width, nodes))
         value = jnp.swapaxes(key, 2, 3)

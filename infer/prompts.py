@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ctc_spec_jax import options
-from ctc_spec_jax.engine import Engine
+from ctc_spec_jax.engine import Engine, seed_keys
 from ctc_spec_jax.errors import InputError
 from train import data
 
@@ -115,9 +115,14 @@ def _parse(line: bytes, fields: Mapping[str, Any]) -> Prompt:
     if not isinstance(prompt, str):
         raise InputError(f"{expected} that is a text, found {prompt!r}")
     own = {name: value for name, value in row.items() if name in _NAMES}
+    if isinstance(own.get("logit_bias"), dict):
+        # The keys of a JSON object are texts; one that is no number is refused with the ids.
+        bias = own["logit_bias"]
+        own["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in bias.items()}
     return Prompt(prompt, {**fields, **own})
 
 
 def _check(engine: Engine, prompt: Prompt) -> None:
     row = options.per_row(1, {name: [value] for name, value in prompt.options.items()})[0]
     engine.encode([prompt.content], [row.max_new_tokens])
+    engine.request([row], seed_keys(0, 1))

@@ -4,7 +4,9 @@ Runs ``main`` in this process, on a tiny pair of random weights that goes throug
 """
 
 import dataclasses
+import functools
 import importlib
+import io
 import json
 import pathlib
 import re
@@ -25,13 +27,13 @@ from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
-from infer import benchmark, chat, generate
+from infer import benchmark, chat, generate, profile
 from train import data, regenerate, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCAB, POSITIONS = 300, 128
 TEXT = (ROOT / "train" / "data.py").read_text()
-MODULES = (generate, benchmark, chat, regenerate, train)
+MODULES = (generate, benchmark, chat, profile, regenerate, train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,8 +297,9 @@ def test_the_other_lines_of_a_file_run(pair, call, capsys, tmp_path, monkeypatch
         b"",
         b'{"prompt": "import os", "temperature": -1}',
         b'{"prompt": "import os", "top_p": "many"}',
-        b'{"turns": ["import os"], "max_new_tokens": 4}',
+        b'{"turns": ["import os"], "max_new_tokens": 4, "logit_bias": {"7": 1.5}}',
         b"{",
+        b'{"prompt": "import os", "logit_bias": {"x": 1}}',
     ]
     prompts.write_bytes(b"\n".join(lines))
     places = ("--target", pair.target, "--drafter", pair.drafter, "--prompts", prompts)
@@ -305,7 +308,10 @@ def test_the_other_lines_of_a_file_run(pair, call, capsys, tmp_path, monkeypatch
     assert stop.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     for number, pattern, error in zip(
-        (2, 4, 5, 7), ("UTF-8", "temperature", "top_p", "an object"), errors, strict=True
+        (2, 4, 5, 7, 8),
+        ("UTF-8", "temperature", "top_p", "an object", "token ids"),
+        errors,
+        strict=True,
     ):
         assert re.search(f"line {number} of .*expected.*{pattern}|{pattern}: expected", error)
     result = json.loads(out.read_text())
@@ -518,3 +524,63 @@ def test_programs_explain_themselves(monkeypatch, capsys):
             importlib.import_module(module.__name__).main()
         assert stop.value.code == 0
         assert module.__doc__.splitlines()[0] in " ".join(capsys.readouterr().out.split())
+
+
+TEMPLATE = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}\n{% endfor %}"
+
+
+def test_chat_end_to_end(pair, call, capsys, monkeypatch, tmp_path):
+    """Two turns, a reset, a message too long; the first answer is that of the one-shot program."""
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    lines = ["import os", "", "import re", "x" * 500, "/reset", "import os"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    places = ("--target", pair.target, "--drafter", pair.drafter, "--template", template)
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, (*places, "--max-new-tokens", 8))])
+    chat.main()
+    printed = capsys.readouterr()
+    counts = re.findall(r"\[(\w+): (\d+) tokens in (\d+) target passes", printed.err)
+    assert [(why, n) for why, n, _ in counts] == [("length", "8")] * 3
+    assert re.search(r"error: conversation: expected at most .* found \d+ \(/reset", printed.err)
+    engine = Engine.from_pretrained(str(pair.target), str(pair.drafter))
+    first = engine.generate(["# user\nimport os\n"], 8)[0].text
+    assert printed.out.startswith(first + "\n") and printed.out.endswith(first + "\n")
+
+
+def test_chat_refuses(pair, sentence, tmp_path):
+    places = ("--target", pair.target)
+    assert "chat template: expected one in the tokenizer of" in sentence(chat, *places)
+    assert "--template: expected a readable file" in sentence(
+        chat, *places, "--template", tmp_path / "none"
+    )
+
+
+def test_generate_streams(pair, call, capsys):
+    """Every prompt's answer, as sampled by ``generate`` with the same seed."""
+    places = ("--target", pair.target, "--drafter", pair.drafter, "--prompt", "import os")
+    printed = call(
+        generate, *places, "--stream", "--max-new-tokens", 12, "--temperature", 1, "--seed", 5
+    )
+    engine = Engine.from_pretrained(str(pair.target), str(pair.drafter))
+    answer = engine.generate(["import os"], 12, seed=5, temperature=1.0)[0]
+    assert printed == answer.text + "\n\n"
+
+
+def test_profile_end_to_end(pair, call, tmp_path, monkeypatch):
+    """Every field of the JSON file, a picture, and bookkeeping beside a small model."""
+    monkeypatch.setattr(profile, "_ROUNDS", 2)
+    tiny = DecoderConfig(400, 32, 2, 4, 2, 8, 48, tied_embeddings=True)
+    monkeypatch.setattr(
+        profile, "bookkeeping", functools.partial(profile.bookkeeping, nodes=8, config=tiny)
+    )
+    out, picture = tmp_path / "cost.json", tmp_path / "cost.png"
+    places = ("--target", pair.target, "--drafter", pair.drafter, "--json", out, "--plot", picture)
+    printed = call(
+        profile, *places, "--tree-nodes", 1, 4, "--batch", 2, "--repeats", 1, "--bookkeeping"
+    )
+    result = json.loads(out.read_text())
+    assert [(cost["nodes"], cost["batch"]) for cost in result["results"]] == [(1, 2), (4, 2)]
+    assert all(cost["every_option"] > 0 for cost in result["results"])
+    assert result["bookkeeping"]["share"] > 0 and result["device"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "of a plain step" in printed
