@@ -13,10 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.streaming import Piece
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+"""Values of --dtype."""
 
 _NUMBERS = {
     "temperature": (float, "0 is greedy (default)"),

@@ -125,7 +125,8 @@ def _column(name: str, value: Any, batch: int) -> list[Any]:
         depth += 1
         # A row may leave out what another one has.
         level = next((item for item in level if item is not None and not _empty(item)), None)
-    if depth <= _DEPTH.get(name, 0):
+    nothing = depth == 1 and all(item is None for item in value)  # of every row, not a list of one
+    if depth <= _DEPTH.get(name, 0) and not (nothing and len(value)):
         return [value] * batch
     if len(value) != batch:
         raise InputError(

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 
 from ctc_spec_jax import demo
 from ctc_spec_jax.cli import (
+    DTYPES,
     add_options,
     exit_on_bad_input,
     option_fields,
@@ -27,7 +27,6 @@ from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.streaming import Conversation
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _RESET = "/reset"
 
 
@@ -40,7 +39,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=0, help="tokens of all turns together")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of one answer")
     parser.add_argument("--tree-nodes", type=int, default=demo.TREE_NODES)
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--rounds", type=int, default=4, help="target passes between two pieces")
     add_options(parser)
     return parser.parse_args()
@@ -88,7 +87,7 @@ def main() -> None:
     if arguments.dtype == "float32":
         # Accelerators round the inputs of float32 products by default, which can swap near ties.
         jax.config.update("jax_default_matmul_precision", "highest")
-    dtype = _DTYPES[arguments.dtype]
+    dtype = DTYPES[arguments.dtype]
     engine = Engine.from_pretrained(
         arguments.target, arguments.drafter, arguments.tree_nodes, dtype
     )

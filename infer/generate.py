@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from ctc_spec_jax import demo
 from ctc_spec_jax.cli import (
+    DTYPES,
     add_options,
     exit_on_bad_input,
     option_fields,
@@ -39,7 +39,6 @@ from ctc_spec_jax.errors import InputError
 from infer.prompts import Prompt, choose_prompts, columns, report
 from train import data
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _LOOPS = 0.4
 
 
@@ -241,7 +240,7 @@ def _parse() -> argparse.Namespace:
         default="prefix",
         help="the most probable prefixes, or the published static template",
     )
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--compare", action="store_true", help="also decode plainly")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each prompt")
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded at a time")
@@ -271,7 +270,7 @@ def main() -> None:
     """Entry point of ``python -m infer.generate``."""
     arguments = _parse()
     use_compilation_cache()
-    dtype = _DTYPES[arguments.dtype]
+    dtype = DTYPES[arguments.dtype]
     if arguments.dtype == "float32":
         # Accelerators round the inputs of float32 products by default, which can swap near ties.
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -322,7 +321,7 @@ def compare_sizes(
     sampled = any(prompt.options.get("temperature") for prompt in prompts)
     results = []
     for nodes in arguments.tree_nodes:
-        sized = engine.with_drafter(folder, nodes, _DTYPES[arguments.dtype], arguments.tree)
+        sized = engine.with_drafter(folder, nodes, DTYPES[arguments.dtype], arguments.tree)
         baseline = sized.plain() if arguments.compare else None
         answers, seconds = measure(
             sized, baseline, prompts, arguments.repeats, arguments.batch, arguments.seed

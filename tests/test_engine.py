@@ -231,6 +231,7 @@ def test_per_row_nesting():
     two = options.per_row(2, {"stop_strings": [["a"], None], "bad_words_ids": [[], [[1]]]})
     assert two[0] == Options(stop_strings=["a"], bad_words_ids=[])
     assert two[1] == Options(bad_words_ids=[[1]])
+    assert options.per_row(2, {"stop_strings": [None, None]}) == [Options()] * 2
 
 
 def test_a_batch_beyond_the_memory(engine, monkeypatch):
