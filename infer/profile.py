@@ -101,7 +101,12 @@ def in_turns(timers: dict[Any, Callable[[], float]], repeats: int) -> dict[Any, 
     found: dict[Any, list[float]] = {name: [] for name in timers}
     for _ in range(repeats):
         for name, timer in timers.items():
-            found[name].append(timer())
+            # A turn lasts a quarter of a second at least: one call of a small program would not.
+            began = time.perf_counter()
+            while True:
+                found[name].append(timer())
+                if time.perf_counter() - began > 0.25:
+                    break
     return {name: statistics.median(times) for name, times in found.items()}
 
 
@@ -114,18 +119,19 @@ def round_costs(engine: Engine, folder: str, nodes, batches, repeats: int) -> It
             one = engine.plain() if size == 1 else engine.with_drafter(folder, size)
             for kind, fields in kinds.items():
                 timers[size, kind] = round_timer(one, batch, fields)
-        plain = round_timer(engine.plain(), batch, {})
-        seconds = in_turns(timers | {"plain": plain}, repeats)
+        if 1 not in nodes:
+            timers[1, "greedy"] = round_timer(engine.plain(), batch, {})
+        seconds = in_turns(timers, repeats)
         costs = []
         for size in nodes:
             greedy = seconds[size, "greedy"]
             ratios = (seconds[size, kind] / greedy for kind in ("sampled", "every_option"))
-            costs.append(Cost(size, batch, greedy, greedy / seconds["plain"], *ratios))
+            costs.append(Cost(size, batch, greedy, greedy / seconds[1, "greedy"], *ratios))
         yield costs
 
 
 def _made_up(seed: Array, place: Array) -> Array:
-    """Float32 in [-8, 8) at every place, by three integer operations: next to no time of a round."""
+    """Float32 in [-8, 8) at every place, by integer operations that take next to no time."""
     mixed = (seed * 40503 + place) * jnp.int32(-1640531527)
     return ((mixed >> 12) & 1023).astype(jnp.float32) / 64 - 8
 
