@@ -1,40 +1,151 @@
-"""Training checkpoints with orbax: save, restore, resume."""
+"""Training checkpoints with orbax: save, restore on any mesh, keep the newest and the best."""
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from ctc_spec_jax.errors import InputError
+
+SCORE = "accepted_length"
+"""Metric whose largest value makes a checkpoint the best."""
 
 
 class Checkpoints:
-    """Numbered checkpoints of a pytree of arrays in one folder; the newest ``keep`` are kept.
+    """Numbered checkpoints in one folder (local or ``gs://``): the newest ``keep``, and the best.
 
-    A checkpoint becomes visible under its number only when it is complete, so a run that is
-    killed while it saves resumes from the one before.
+    A checkpoint holds arrays (parameters, optimiser, step), notes (JSON: data position, what the
+    run is) and metrics. It becomes visible under its number only when it is complete, so a run
+    that is killed while it saves, or that finds the disk full, resumes from the one before.
     """
 
     def __init__(self, folder: str | pathlib.Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
+        self.folder = epath.Path(folder)
+        if "://" not in str(folder):
+            self.folder = epath.Path(pathlib.Path(folder).absolute())
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics[SCORE],
+                    reverse=False,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            create=True,
+            preservation_policy=policy,
+            best_fn=lambda metrics: metrics[SCORE],
+            best_mode="max",
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, state) -> None:
-        """Start saving; returns before the files are written."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+    def save(self, step: int, state, notes: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Start saving; returns when the arrays are copied, before the files are written.
+
+        Raises:
+          InputError: this or the save before could not be written.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
+        )
+        score = {SCORE: float(metrics[SCORE])} if SCORE in metrics else None
+        with self._told(f"the checkpoint of step {step} or the one before it"):
+            if step in self._manager.all_steps():
+                return
+            self._manager.save(step, args=items, metrics=score, force=True)
+
+    def wait(self) -> None:
+        """Until everything is written; raises as ``save``."""
+        with self._told("a checkpoint"):
+            self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
         """Newest complete step, or None."""
         return self._manager.latest_step()
 
-    def restore(self, step: int, like):
-        """The state of ``step``, with the structure, types and shardings of ``like``."""
+    def best(self) -> int | None:
+        """Step with the largest score, or None."""
+        return self._manager.best_step()
+
+    def preempted(self, step: int) -> bool:
+        """Whether the machines are about to be taken away; the same answer on every host."""
+        return self._manager.reached_preemption(step)
+
+    def restore(self, step: int, like) -> tuple[Any, dict[str, Any]]:
+        """State and notes of ``step``; the state in the structure, types and places of ``like``."""
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), notes=ocp.args.JsonRestore()
+        )
+        found = self._manager.restore(step, args=args)
+        return found["state"], found["notes"]
+
+    def notes(self, step: int) -> dict[str, Any]:
+        """The notes of ``step`` alone."""
+        args = ocp.args.Composite(notes=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["notes"]
 
     def close(self) -> None:
-        """Wait for saves in flight."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for saves in flight and let the folder go."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _told(self, which: str) -> Iterator[None]:
+        """Turn a failed write into one sentence that says what is still good."""
+        try:
+            yield
+        except Exception as error:  # the storage layers below raise types of their own
+            latest = self.latest()
+            good = "none is complete yet" if latest is None else f"step {latest} is complete"
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"{self.folder}: expected room and rights to write {which}, found "
+                f"{first_line[:200]}; {good}: make room and start the run again"
+            ) from error
+
+
+def save_params(folder: str | pathlib.Path, params) -> None:
+    """Write parameters alone, as an orbax item that any mesh can read."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(_absolute(folder), params, force=True)
+        checkpointer.wait_until_finished()
+
+
+def load_params(folder: str | pathlib.Path, like):
+    """Parameters of ``save_params`` in the types and places of ``like`` (arrays or shapes)."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(_absolute(folder), like)
+
+
+def _absolute(folder):
+    text = str(folder)
+    return epath.Path(text if "://" in text else pathlib.Path(text).absolute())
+
+
+def host_copy(tree):
+    """Whole arrays on this host, of arrays that may be spread over hosts."""
+
+    def fetch(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+            from jax.experimental import multihost_utils
+
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(fetch, tree)

@@ -13,9 +13,10 @@ from ctc_spec_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Where and how long. ``folder`` holds checkpoints, metrics and the export.
+    """Where and how long. ``folder`` (local or ``gs://``) holds checkpoints, metrics, the export.
 
-    A run that continues with other ``steps`` follows the rate schedule of the new length.
+    A run that continues with other ``steps`` follows the rate schedule of the new length. It ends
+    early after ``patience`` evaluations without a longer accepted length (0: never).
     """
 
     folder: str = "runs/unnamed"
@@ -25,11 +26,17 @@ class Run:
     eval_every: int = 500
     checkpoint_every: int = 500
     keep: int = 2
+    patience: int = 0
+    tensorboard: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW with linear warm-up, cosine decay to ``final`` x ``rate``, clipping by global norm."""
+    """AdamW with linear warm-up, cosine decay to ``final`` x ``rate``, clipping by global norm.
+
+    ``average`` > 0 keeps a moving average of the parameters with that decay, which is what is
+    evaluated and exported.
+    """
 
     rate: float = 1e-3
     warmup: int = 100
@@ -38,19 +45,31 @@ class Optim:
     beta2: float = 0.95
     decay: float = 0.1
     clip: float = 1.0
+    average: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; one of them may be -1: all that are left. See ``sharding``."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """``rows`` sequences of ``length`` tokens a step, ``microbatch`` of them at a time.
 
-    The gradients of a step are summed on the device over its micro-batches.
+    The gradients of a step are summed on the device over its micro-batches. ``remat`` recomputes
+    layers in the backward pass instead of keeping what they made.
     """
 
     rows: int = 16
     microbatch: int = 4
     length: int = 256
     anchors: int = 32
+    remat: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +145,16 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One experiment. ``objective`` is ``target`` (next token) or ``drafter``."""
+    """One experiment. ``objective`` is ``target`` (next token) or ``drafter``.
+
+    ``dtype`` is that of the computation (``float32`` or ``bfloat16``) and of a frozen target;
+    trained parameters and the optimiser's state are float32 always.
+    """
 
     objective: str
     target: str = ""
+    dtype: str = "float32"
+    mesh: Mesh = Mesh()
     run: Run = Run()
     optim: Optim = Optim()
     batch: Batch = Batch()
@@ -147,6 +172,10 @@ class TrainConfig:
                     raise InputError(f"{section}.{name}: expected at least 1, found {found}")
         if self.objective not in ("target", "drafter"):
             raise InputError(f"objective: expected 'target' or 'drafter', found {self.objective!r}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype: expected 'float32' or 'bfloat16', found {self.dtype!r}")
+        if not 0 <= self.optim.average < 1:
+            raise InputError(f"optim.average: expected 0 to 1, found {self.optim.average}")
         if self.batch.rows % self.batch.microbatch:
             raise InputError(
                 f"batch.microbatch: expected a divisor of batch.rows ({self.batch.rows}), "

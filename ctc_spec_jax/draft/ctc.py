@@ -89,9 +89,13 @@ def published(target: DecoderConfig) -> CTCConfig:
 
 
 class CTCNetwork(nn.Module):
-    """Parameters and forward pass of the drafter; the LM head is the target's, frozen."""
+    """Parameters and forward pass of the drafter; the LM head is the target's, frozen.
+
+    ``remat`` recomputes every layer in a backward pass instead of keeping its intermediates.
+    """
 
     config: CTCConfig
+    remat: bool = False
 
     def setup(self):
         c = self.config
@@ -143,14 +147,15 @@ class CTCNetwork(nn.Module):
 
         return tuple(one(layer) for layer in self.layers)
 
-    def draft(self, pending, newest, context, anchors):
+    def draft(self, pending, newest, context, positions, visible):
         """Hidden states of the frames of A anchors per row, after the final norm.
 
         Args:
           pending: embeddings [B, A, D] of the token at each anchor.
           newest: features [B, A, D] of the position before it.
           context: keys and values of every layer, pairs as in ``kv_cache``.
-          anchors: int32 [B, A], position of the pending token; only slots before it are seen.
+          positions: int32 [B, A] of the pending tokens.
+          visible: bool [B, A, S], the slots that come before an anchor in its text.
 
         Returns:
           [B, A, F, D].
@@ -168,13 +173,12 @@ class CTCNetwork(nn.Module):
         x = x.reshape(batch, num_anchors * c.frames, width)
         owner = jnp.repeat(jnp.arange(num_anchors, dtype=jnp.int32), c.frames)
         frame = jnp.tile(jnp.arange(c.frames, dtype=jnp.int32), num_anchors)
-        limit = jnp.take(anchors, owner, axis=1)  # [B, A*F]
-        angles = self._angles(limit + frame[None])
-        slots = jnp.arange(kv_cache.num_slots(context), dtype=jnp.int32)
-        past_mask = slots[None, None] < limit[..., None]
+        angles = self._angles(jnp.take(positions, owner, axis=1) + frame[None])
+        past_mask = jnp.take(visible, owner, axis=1)  # [B, A*F, S]
         block = jnp.broadcast_to((owner[:, None] == owner[None])[None], (batch, *2 * owner.shape))
+        run = jax.checkpoint(self._layer) if self.remat else self._layer
         for layer, past in zip(self.layers, context, strict=True):
-            x = self._layer(layer, x, angles, block, past, past_mask)
+            x = run(layer, x, angles, block, past, past_mask)
         x = layers.rms_norm(x, self.norm, c.norm_eps)
         return x.reshape(batch, num_anchors, c.frames, width)
 
@@ -208,20 +212,36 @@ class CTCNetwork(nn.Module):
     def __call__(self, taps, pending, anchors, target_params):
         """Frame log-probabilities [B, A, F, V+1] of A anchors per row; touches every parameter.
 
-        ``taps``: the target's hidden states of whole rows, each [B, T, D]; ``pending`` [B, A, D].
+        ``taps``: the target's hidden states of rows of one text each, [B, T, D]; ``pending``
+        [B, A, D].
         """
-        hidden = self.anchor_hidden(taps, pending, anchors)
+        index = jnp.arange(taps[0].shape[1], dtype=jnp.int32)[None]
+        positions = jnp.broadcast_to(index, taps[0].shape[:2])
+        hidden = self.anchor_hidden(taps, pending, anchors, jnp.ones_like(positions), positions)
         return self.log_probs(hidden, target_params)
 
-    def anchor_hidden(self, taps, pending, anchors):
-        """Hidden states [B, A, F, D] of the frames of A anchors per row, for training."""
+    def anchor_hidden(self, taps, pending, anchors, segments, positions):
+        """Hidden states [B, A, F, D] of the frames of A anchors per row, for training.
+
+        Args:
+          taps: the target's hidden states of whole rows, each [B, T, D].
+          pending: embeddings [B, A, D] of the tokens at the anchors.
+          anchors: int32 [B, A], their places in the row.
+          segments, positions: int32 [B, T], as for ``DecoderLM.packed_hidden``.
+
+        Returns:
+          [B, A, F, D]. An anchor sees what comes before it in its own segment.
+        """
         features = self.features(taps)
-        positions = jnp.arange(features.shape[1], dtype=jnp.int32)[None]
-        context = self.context_kv(features, jnp.broadcast_to(positions, features.shape[:2]))
+        context = self.context_kv(features, positions)
+        place = jnp.take_along_axis(positions, anchors, axis=1)
         before = jnp.maximum(anchors - 1, 0)
         newest = jnp.take_along_axis(features, before[..., None], axis=1)
-        newest = jnp.where((anchors > 0)[..., None], newest, 0)
-        return self.draft(pending, newest, context, anchors)
+        newest = jnp.where((place > 0)[..., None], newest, 0)
+        slots = jnp.arange(features.shape[1], dtype=jnp.int32)
+        own = jnp.take_along_axis(segments, anchors, axis=1)
+        visible = (slots[None, None] < anchors[..., None]) & (segments[:, None] == own[..., None])
+        return self.draft(pending, newest, context, place, visible)
 
 
 class TreeBuilder(Protocol):
@@ -294,8 +314,11 @@ class CTCDrafter:
         """One pass of the network, then the tree of each row; deterministic."""
         del keys
         pending = context.params["embedding"][context.pending][:, None]
+        place = context.length[:, None]
+        slots = jnp.arange(kv_cache.num_slots(state["kv"]), dtype=jnp.int32)
+        visible = slots[None, None] < place[..., None]
         hidden = self._apply(
-            params, "draft", pending, state["newest"], state["kv"], context.length[:, None]
+            params, "draft", pending, state["newest"], state["kv"], place, visible
         )
         log_probs = self._apply(params, "log_probs", hidden[:, 0], context.params)
         return DraftTree(*jax.vmap(self.tree)(log_probs, context.pending))

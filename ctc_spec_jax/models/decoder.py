@@ -78,6 +78,7 @@ class Decoder(nn.Module):
     """Token embedding, layers and final norm; the LM head is ``output_logits``."""
 
     config: DecoderConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens, positions, mask, past=None, length=None, taps=()):
@@ -102,11 +103,12 @@ class Decoder(nn.Module):
         frequencies = layers.rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
         angles = layers.rope_angles(positions, frequencies)
         masks = {w: _masks(mask, positions, past, length, w) for w in {*c.windows} or {0}}
+        layer = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         tapped, kv = {}, []
         for i in range(c.num_layers):
             new_mask, past_mask = masks[c.window(i)]
             layer_past = None if past is None else past[i]
-            x, new = DecoderLayer(c, name=f"layer_{i}")(x, angles, new_mask, layer_past, past_mask)
+            x, new = layer(c, name=f"layer_{i}")(x, angles, new_mask, layer_past, past_mask)
             kv.append(new)
             tapped[i] = x
         hidden = layers.rms_norm(
@@ -139,6 +141,16 @@ def output_head(params: Params):
     return params["head"] if "head" in params else params["embedding"].T
 
 
+def packed_mask(segments):
+    """bool [B, T, T]: row i attends to j <= i of its own segment, int32 [B, T].
+
+    Padding is a segment of its own, so every row has itself to attend to.
+    """
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    causal = index[:, None] >= index[None, :]
+    return causal[None] & (segments[:, :, None] == segments[:, None, :])
+
+
 def causal_mask(lengths, num_tokens: int):
     """bool [B, T, T]: row i attends to j <= i; the columns of padding are cleared.
 
@@ -152,14 +164,18 @@ def causal_mask(lengths, num_tokens: int):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderLM:
-    """The ``Target`` of this library: static, hashable, without parameters."""
+    """The ``Target`` of this library: static, hashable, without parameters.
+
+    ``remat`` recomputes every layer in a backward pass instead of keeping its intermediates.
+    """
 
     config: DecoderConfig
+    remat: bool = False
 
     @property
     def module(self) -> Decoder:
         """The Linen module that owns the parameters."""
-        return Decoder(self.config)
+        return Decoder(self.config, self.remat)
 
     @property
     def vocab_size(self) -> int:
@@ -181,6 +197,18 @@ class DecoderLM:
         )
         mask = causal_mask(lengths, tokens.shape[1])
         return self._apply(params, tokens, positions, mask, taps=taps)
+
+    def packed_hidden(
+        self, params: Params, tokens, segments, positions, taps: tuple[int, ...] = ()
+    ):
+        """Causal forward of packed documents: (hidden, taps), each [B, T, D].
+
+        ``segments`` int32 [B, T] tells documents (and padding) of a row apart, which do not see
+        each other; ``positions`` int32 [B, T] count within a document.
+        """
+        mask = packed_mask(segments)
+        hidden, tapped, _ = self._apply(params, tokens, positions, mask, taps=taps)
+        return hidden, tapped
 
     def prefill(self, params: Params, tokens, lengths, num_slots: int, taps: tuple[int, ...] = ()):
         """Cache and taps of right-padded tokens [B, T] with ``lengths`` [B]; no logits."""
