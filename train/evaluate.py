@@ -1,0 +1,119 @@
+"""What a drafter is judged by while it is trained: the accepted length of the real decoder.
+
+Shape letters: R prompts, M max depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ctc_spec_jax import sharding, xla
+from ctc_spec_jax.checkpoint import host_copy
+from ctc_spec_jax.decode import Loop, decode
+from ctc_spec_jax.types import NO_TOKEN, Request
+from train import data
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Held-out prompts: token ids of any lengths and what kind of text each one is."""
+
+    tokens: Sequence[Sequence[int]]
+    categories: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+    """Counts per prompt. Tokens and rounds are those before an answer begins to loop.
+
+    ``accepted`` and ``drafted`` [R, M] are by depth, of the whole answers.
+    """
+
+    tokens: np.ndarray  # [R]
+    rounds: np.ndarray  # [R]
+    accepted: np.ndarray  # [R, M]
+    drafted: np.ndarray  # [R, M]
+
+
+def measure(
+    loop: Loop, params, draft_params, prompts: Prompts, stops: Sequence[int], mesh: Mesh, loops=0.4
+) -> Drafts:
+    """Decode held-out prompts greedily with the real decoder; the same result on every host.
+
+    Args:
+      loop: its capacity is the budget of every row.
+      params: of the target.
+      draft_params: of the drafter, in the dtype to decode in.
+      prompts: at least one.
+      stops: token ids that end an answer; nothing past them is counted.
+      mesh: the prompts are spread over it.
+      loops: share of repeated 8-token groups from which on an answer is a loop.
+    """
+    batch = len(prompts.tokens)
+    width = xla.bucket(max(len(row) for row in prompts.tokens))
+    tokens = np.zeros((batch, width), np.int32)
+    for index, row in enumerate(prompts.tokens):
+        tokens[index, : len(row)] = row
+    request = Request(
+        max_new_tokens=np.full((batch,), loop.capacity, np.int32),
+        stops=np.broadcast_to(np.asarray([*stops] or [NO_TOKEN], np.int32), (batch, len(stops) or 1)),
+        keys=jax.random.split(jax.random.key(0), batch),
+    )
+    lengths = np.asarray([len(row) for row in prompts.tokens], np.int32)
+    inputs = (tokens, lengths, request)
+    inputs = jax.device_put(inputs, sharding.rows(mesh, inputs))
+    with jax.set_mesh(mesh):
+        result = xla.jitted(decode)(loop, params, draft_params, *inputs)
+    result = host_copy((result.tokens, result.lengths, result.stats))
+    return _counts(*result, loops)
+
+
+def _counts(tokens, lengths, stats, loops: float) -> Drafts:
+    kept = [
+        fresh_rounds(row[:n], emitted[:rounds], loops)
+        for row, n, emitted, rounds in zip(
+            tokens, lengths, stats.emitted, stats.rounds, strict=True
+        )
+    ]
+    fresh, rounds = np.asarray(kept, np.int64).T
+    return Drafts(fresh, rounds, stats.accepted, stats.drafted)
+
+
+def fresh_rounds(tokens, emitted, loops: float) -> tuple[int, int]:
+    """Tokens and rounds of the rounds that began before the answer began to loop."""
+    emitted = np.asarray(emitted)
+    begins = np.cumsum(emitted) - emitted
+    rounds = int(np.sum(begins < max(1, data.before_loop(tokens, loops))))
+    return int(emitted[:rounds].sum()), rounds
+
+
+def summary(drafts: Drafts, categories: Sequence[str], resamples: int = 2000) -> dict[str, Any]:
+    """Mean accepted length with its 95 % interval, by category, and acceptance by depth.
+
+    Returns:
+      ``accepted_length`` (tokens per target pass, the target's own token included),
+      ``accepted_length_low`` and ``_high`` (bootstrap over prompts, fixed seed),
+      ``accepted_length/<category>`` where there are several, and ``accepted_at_<d>``: the share
+      of rounds in which the drafted token of depth d was kept.
+    """
+    tokens, rounds = drafts.tokens, drafts.rounds
+    found = {"accepted_length": float(tokens.sum() / rounds.sum())}
+    pick = np.random.default_rng(0).integers(0, len(tokens), (resamples, len(tokens)))
+    means = tokens[pick].sum(1) / rounds[pick].sum(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    found |= {"accepted_length_low": float(low), "accepted_length_high": float(high)}
+    names = sorted(set(categories))
+    for name in names if len(names) > 1 else ():
+        mine = np.asarray([category == name for category in categories])
+        found[f"accepted_length/{name}"] = float(tokens[mine].sum() / rounds[mine].sum())
+    # Rounds of the whole answers: the target's own token is what a round always emits.
+    own = np.maximum(drafts.drafted[:, 0].sum(), 1)
+    for depth, kept in enumerate(drafts.accepted.sum(0), 1):
+        found[f"accepted_at_{depth}"] = float(kept / own)
+    return found
