@@ -4,6 +4,7 @@ import json
 import pathlib
 
 from ctc_spec_jax import demo
+from infer import profile
 from infer.generate import Result, table
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -14,3 +15,13 @@ def test_readme_shows_the_measurement():
     results = [Result(text=[], finish=[], **size) for size in measured["sizes"]]
     assert table(results) in README.read_text()
     assert all(result.identical for result in results)
+
+
+def test_readme_shows_the_cost_of_rounds():
+    path = README.parent / "benchmarks" / "round_cost.json"
+    measured = json.loads(path.read_text())
+    costs = [profile.Cost(**cost) for cost in measured["results"]]
+    assert profile.table(costs, measured["bookkeeping"]) in README.read_text()
+    assert all(cost.every_option <= 1.105 for cost in costs if cost.nodes >= 8)
+    assert max(cost.every_option for cost in costs) <= 1.205
+    assert measured["bookkeeping"]["share"] <= 0.15
