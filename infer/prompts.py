@@ -14,7 +14,7 @@ import numpy as np
 from ctc_spec_jax import options
 from ctc_spec_jax.engine import Engine, seed_keys
 from ctc_spec_jax.errors import InputError
-from train import data
+from train import corpus
 
 _NAMES = {field.name for field in dataclasses.fields(options.Options)}
 
@@ -29,7 +29,7 @@ class Prompt:
 
 def heldout_prompts(tokenizer, count: int, length: int = 96) -> list[list[int]]:
     """Token prompts from standard-library files that the demo target was not trained on."""
-    _, texts = data.corpus(("stdlib",), data.HELDOUT)
+    _, texts = corpus.corpus(("stdlib",), corpus.HELDOUT)
     rows = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
     ids = [row.ids for row in rows if len(row.ids) >= 2 * length]
     places = [(row, start) for row in ids for start in range(0, len(row) - length, 4 * length)]

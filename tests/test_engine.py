@@ -16,7 +16,7 @@ from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.options import Options
 from ctc_spec_jax.streaming import Conversation
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
-from train import data
+from train import corpus
 
 VOCAB = 300
 TEXT = "def source(files):\n    return [f for f in files if f]\n\nimport os\n" * 30
@@ -49,7 +49,7 @@ def engine() -> Engine:
         return x if x.ndim < 2 else x * (50.0 if "embedding" in str(path) else 16.0)
 
     params = jax.tree_util.tree_map_with_path(enlarge, lm.init(jax.random.key(1)))
-    tokenizer = data.train_tokenizer([TEXT], VOCAB)
+    tokenizer = corpus.train_tokenizer([TEXT], VOCAB)
     tokenizer.model_max_length = 160
     tokenizer.chat_template = TEMPLATE
     drafter = CTCDrafter(ctc_config(lm.config, 1, 6), PrefixTree(8, 4))
@@ -308,7 +308,7 @@ def test_conversation_that_is_full(engine):
 
 
 def test_conversation_needs_a_template(engine):
-    tokenizer = data.train_tokenizer([TEXT], VOCAB)
+    tokenizer = corpus.train_tokenizer([TEXT], VOCAB)
     bare = dataclasses.replace(engine, tokenizer=tokenizer)
     with pytest.raises(InputError, match="chat template: expected one in the tokenizer .* none"):
         Conversation(bare)

@@ -28,7 +28,7 @@ from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from infer import benchmark, chat, generate, profile
-from train import data, regenerate, train
+from train import corpus, regenerate, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCAB, POSITIONS = 300, 128
@@ -62,7 +62,7 @@ def pair(tmp_path_factory) -> Pair:
         return x if x.ndim < 2 else x * (50.0 if "embedding" in str(path) else 16.0)
 
     params = jax.tree_util.tree_map_with_path(enlarge, lm.init(jax.random.key(1)))
-    tokenizer = data.train_tokenizer([TEXT], VOCAB)
+    tokenizer = corpus.train_tokenizer([TEXT], VOCAB)
     ids = {"eos_token_id": 0, "pad_token_id": 0, "max_position_embeddings": POSITIONS}
     convert.save_target(folder / "target", lm, params, ids)
     tokenizer.save_pretrained(folder / "target")
@@ -129,7 +129,7 @@ def lose_a_shard(pair: Pair) -> None:
 
 
 def other_tokenizer(pair: Pair) -> None:
-    data.train_tokenizer(["quite another text " * 40], VOCAB).save_pretrained(pair.target)
+    corpus.train_tokenizer(["quite another text " * 40], VOCAB).save_pretrained(pair.target)
 
 
 def no_tokenizer(pair: Pair) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.stops import build, first_stop, token_bytes
 from ctc_spec_jax.types import MATCHED, NO_STRINGS
-from train.data import END_OF_TEXT, train_tokenizer
+from train.corpus import END_OF_TEXT, train_tokenizer
 
 # Two letters, and characters of two and three bytes that begin or end alike.
 LETTERS = "abéè日旦"

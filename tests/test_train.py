@@ -22,7 +22,7 @@ from ctc_spec_jax.checkpoint import Checkpoints
 from ctc_spec_jax.decode import NoDraft
 from ctc_spec_jax.errors import InputError
 from tests.helpers import ragged_prompts, reference_greedy, run, tiny_target
-from train import data, regenerate
+from train import corpus, regenerate
 from train import train as program
 from train.config import TrainConfig, load_config
 from train.drafter import DrafterObjective, sample_anchors
@@ -501,8 +501,8 @@ def test_prompts_are_cut_from_the_training_text(pair, workplace):
         tokens, prompts, lengths = (file[n] for n in ("tokens", "prompt_lengths", "lengths"))
     assert tokens.shape == (16, 28) and set(lengths - prompts) == {20}
     assert prompts.min() >= 4 and prompts.max() <= 8 and len(set(prompts.tolist())) > 1
-    texts, _ = data.corpus(("asyncio",), 0.3, 10000)
-    text = ",".join(map(str, data.tokenize(objective.tokenizer, texts)))
+    texts, _ = corpus.corpus(("asyncio",), 0.3, 10000)
+    text = ",".join(map(str, corpus.tokenize(objective.tokenizer, texts)))
     for row, prompt in zip(tokens, prompts, strict=True):
         assert ",".join(map(str, row[:prompt])) in text
 

@@ -1,111 +1,346 @@
-"""Let the target answer: cut prompts from its training files and write down what it continues.
+"""Let the target answer prompts: its answers are what a drafter learns from.
 
-    python -m train.regenerate --target FOLDER --out FILE.npz [--count 4096]
+    python -m train.regenerate --target owner/model --prompts chats.jsonl.gz --out answers.jsonl
+    python -m train.regenerate --target owner/model --sources stdlib --out answers.jsonl
 
-The drafter learns from these answers (sequence-level distillation), so it sees the text that it
-will have to draft.
+A drafter that is trained on its target's own answers (sequence-level distillation) sees the text
+that it will have to draft. The program can be killed at any moment: the same command goes on.
+One line per prompt: id, input_ids, loss_mask (1: answer), finish, rounds, accepted_length, messages.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import hashlib
+import importlib.metadata
 import os
 import pathlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from ctc_spec_jax import recipes
-from ctc_spec_jax.cli import exit_on_bad_input, use_compilation_cache
-from ctc_spec_jax.decode import Loop, NoDraft, decode
+from ctc_spec_jax import demo, options, xla
+from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache
+from ctc_spec_jax.engine import Engine, Generation
 from ctc_spec_jax.errors import InputError
-from ctc_spec_jax.types import NO_TOKEN, Request
-from ctc_spec_jax.verify import Greedy
+from ctc_spec_jax.models import convert
+from infer.prompts import report
 from train import data
+from train.dialogue import Dialogue, Totals, begin, line_of, next_turn, with_answer
+from train.ledger import Ledger
+from train.prompts import (
+    Prompt,
+    cut_prompts,
+    file_digest,
+    read_prompts,
+    row_seed,
+    share_of,
+)
+
+Pool = dict[int, list[Dialogue]]
+"""Dialogues that wait for an answer, by the bucket of their length."""
 
 
-def cut_prompts(tokens, count: int, shortest: int, longest: int, seed: int):
-    """Prompts int32 [count, longest], right-padded, with their lengths, from random places."""
-    if not 1 <= shortest <= longest < len(tokens):
-        raise InputError(
-            f"--prompt-lengths: expected 1 <= shortest <= longest < {len(tokens)} (the text), "
-            f"found {shortest} and {longest}"
-        )
-    draw = np.random.default_rng(seed)
-    lengths = draw.integers(shortest, longest + 1, count).astype(np.int32)
-    starts = draw.integers(0, len(tokens) - longest, count)
-    prompts = tokens[starts[:, None] + np.arange(longest)[None]]
-    return np.where(np.arange(longest)[None] < lengths[:, None], prompts, 0), lengths
+def take(pool: Pool, rows: int) -> list[Dialogue]:
+    """Remove and return up to ``rows`` dialogues of one bucket.
+
+    A full batch of long ones goes first, so that chats come to their end; else the shortest bucket,
+    whose next turns can still fill up a longer one.
+    """
+    full = [bucket for bucket, waiting in pool.items() if len(waiting) >= rows]
+    bucket = max(full) if full else min(pool)
+    batch, rest = pool[bucket][:rows], pool[bucket][rows:]
+    if rest:
+        pool[bucket] = rest
+    else:
+        del pool[bucket]
+    return batch
 
 
-def answer(lm, params, prompts, lengths, new_tokens: int, rows: int):
-    """Greedy answers of all prompts, ``rows`` at a time: tokens [R, T] and lengths [R]."""
-    loop = Loop(lm, NoDraft(), Greedy(), new_tokens)
-    step = jax.jit(decode, static_argnums=0)
-    whole = np.zeros((len(prompts), prompts.shape[1] + new_tokens), np.int32)
-    ends = np.zeros((len(prompts),), np.int32)
-    request = Request(
-        max_new_tokens=np.full((rows,), new_tokens, np.int32),
-        stops=np.full((rows, 1), NO_TOKEN, np.int32),
-        keys=jax.random.split(jax.random.key(0), rows),
+def put(pool: Pool, dialogue: Dialogue) -> None:
+    """Let a dialogue wait for its next answer."""
+    pool.setdefault(xla.bucket(len(dialogue.ids)), []).append(dialogue)
+
+
+def answer(
+    engine: Engine, batch: Sequence[Dialogue], rows: int, seed: int, fields: Mapping[str, Any]
+) -> list[Generation]:
+    """The next answer of every dialogue; ``fields`` are options of ``Engine.generate``."""
+    # Copies that end after one round keep the shape, and so the program, of a full batch.
+    filled = [*batch, *[batch[0]] * (rows - len(batch))]
+    budgets = [fields["max_new_tokens"]] * len(batch) + [1] * (rows - len(batch))
+    answers = engine.generate(
+        [d.ids for d in filled],
+        seed=[row_seed(d.prompt.id, len(d.finish), seed) for d in filled],
+        **{**fields, "max_new_tokens": budgets},
     )
-    for first in tqdm(range(0, len(prompts), rows), unit=" batches"):
-        part = np.arange(first, first + rows)
-        result = step(loop, params, (), prompts[part], lengths[part], request)
-        new, counts = np.asarray(result.tokens), np.asarray(result.lengths)
-        for row, tokens, count in zip(part, new, counts, strict=True):
-            whole[row, : lengths[row]] = prompts[row, : lengths[row]]
-            ends[row] = lengths[row] + count
-            whole[row, lengths[row] : ends[row]] = tokens[:count]
-    return whole, ends
+    return answers[: len(batch)]
+
+
+def answer_all(
+    engine: Engine,
+    dialogues: Iterable[Dialogue],
+    ledger: Ledger,
+    rows: int,
+    seed: int,
+    fields: Mapping[str, Any],
+) -> int:
+    """Answer all turns of all dialogues, writing every line as soon as it is complete.
+
+    Returns:
+      How many chats ended before their last turn, because it would not have fitted.
+    """
+    pool: Pool = {}
+    for dialogue in dialogues:
+        put(pool, dialogue)
+    new = shortened = 0
+    total = sum(map(len, pool.values()))
+    with tqdm(total=total + len(ledger.done), initial=len(ledger.done), unit=" prompts") as bar:
+        while pool:
+            batch, lines = take(pool, rows), []
+            answers = answer(engine, batch, rows, seed, fields)
+            for dialogue, said in zip(batch, answers, strict=True):
+                dialogue = with_answer(dialogue, said)
+                try:
+                    following = next_turn(engine.tokenizer, dialogue)
+                    if following:
+                        check_length(engine, following, fields["max_new_tokens"])
+                except InputError as error:
+                    bar.write(f"{label(dialogue.prompt)} ends early: {error}", file=sys.stderr)
+                    following, shortened = None, shortened + 1
+                if following:
+                    put(pool, following)
+                else:
+                    lines.append(line_of(dialogue))
+                new += len(said.tokens)
+            ledger.append(lines)
+            bar.update(len(lines))
+            seconds = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{new / max(seconds, 1e-9):.0f} tokens/s")
+    return shortened
+
+
+def label(prompt: Prompt) -> str:
+    """How messages call a prompt."""
+    return f"prompt {prompt.id} ({prompt.place})"
+
+
+def check_length(engine: Engine, dialogue: Dialogue, max_new_tokens: int) -> None:
+    """Refuse a dialogue that leaves no room for an answer among the target's positions."""
+    room = engine.tokenizer.model_max_length - max_new_tokens
+    if len(dialogue.ids) > room:
+        raise InputError(
+            f"expected at most {room} tokens, so that {max_new_tokens} new ones fit, found "
+            f"{len(dialogue.ids)}"
+        )
+
+
+def prepare(
+    engine: Engine, prompts: Iterable[Prompt], max_new_tokens: int
+) -> tuple[list[Dialogue], list[str], int]:
+    """Dialogues before their first answer.
+
+    Returns:
+      The dialogues, one sentence per prompt that cannot be decoded, and how many are too long, each
+      of which is named on standard error.
+    """
+    ready, problems, too_long = [], [], 0
+    for prompt in prompts:
+        try:
+            dialogue = begin(engine.tokenizer, prompt)
+            if dialogue.ids:
+                engine.encode([dialogue.ids[:1]])
+            if not dialogue.ids or max(dialogue.ids) >= engine.lm.vocab_size:
+                engine.encode([dialogue.ids])
+        except InputError as error:
+            sentence = str(error).removeprefix("prompt 0: ")
+            problems.append(f"--prompts: {prompt.place}: {sentence}")
+            continue
+        try:
+            check_length(engine, dialogue, max_new_tokens)
+            ready.append(dialogue)
+        except InputError as error:
+            print(f"{label(prompt)} is skipped: {error}", file=sys.stderr)
+            too_long += 1
+    return ready, problems, too_long
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", required=True, help="Hugging Face folder or hub id")
+    parser.add_argument("--out", required=True, help="file to write or to go on with, .jsonl")
+    parser.add_argument("--drafter", help="folder of a drafter: faster, the same law of answers")
+    parser.add_argument("--tree-nodes", type=int, default=demo.TREE_NODES)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--rows", type=int, default=64, help="prompts decoded at a time")
+    parser.add_argument("--shard", help="I/N: answer share I = 0..N-1 of the prompts")
+    group = parser.add_argument_group("prompts of files")
+    group.add_argument("--prompts", nargs="+", help="JSONL files, may be gzipped")
+    group.add_argument("--template", help="Jinja file with a chat template")
+    group.add_argument("--first-turn", action="store_true", help="of every chat, no more")
+    group = parser.add_argument_group("prompts cut from Python sources")
+    group.add_argument("--sources", nargs="+", help="installed packages (default: stdlib)")
+    group.add_argument(
+        "--heldout", type=float, default=data.HELDOUT, help="share of files left out"
+    )
+    group.add_argument("--max-bytes", type=int, default=0, help="read at most that much text")
+    group.add_argument("--count", type=int, default=4096, help="number of prompts")
+    group.add_argument("--prompt-lengths", type=int, nargs=2, default=(16, 128))
+    group = parser.add_argument_group("answers")
+    group.add_argument("--max-new-tokens", type=int, default=256, help="of one answer")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--top-k", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="of prompts cut and answers drawn")
+    arguments = parser.parse_args()
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("rows", "count", "max_new_tokens"):
+        if getattr(arguments, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag}: expected at least 1, found {getattr(arguments, name)}")
+    if arguments.prompts and arguments.sources:
+        raise InputError("--prompts: expected it or --sources, found both")
+    folder = pathlib.Path(arguments.out).absolute().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"--out: expected a writable folder, found {folder}")
+    if pathlib.Path(arguments.out).is_dir():
+        raise InputError(f"--out: expected a file, found the folder {arguments.out}")
+    options.per_row(1, fields_of(arguments))
+    arguments.sources = arguments.sources or ["stdlib"]
+    arguments.shard = shard_of(arguments.shard)
+
+
+def fields_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of the answers, by their names in ``Options``."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def shard_of(text: str | None) -> tuple[int, int]:
+    """Index and number of workers of ``I/N``, or else those of JAX's distributed runtime."""
+    if text is None:
+        # Asking for the number of processes would start the devices where nothing is distributed.
+        several = jax.distributed.is_initialized()
+        return (jax.process_index(), jax.process_count()) if several else (0, 1)
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"--shard: expected I/N with 0 <= I < N, found {text!r}")
+    return int(index), int(count)
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What decides the lines, by option; the number of rows does not."""
+    cut = ("sources", "heldout", "max_bytes", "count", "prompt_lengths")
+    given = {"prompts": [file_digest(path) for path in arguments.prompts or ()]} | {
+        "template": file_digest(arguments.template) if arguments.template else None,
+        "first_turn": arguments.first_turn,
+    }
+    drafter = arguments.drafter
+    return {
+        "target": f"{arguments.target} (weights {fingerprint(arguments.target)})",
+        "drafter": f"{drafter} (weights {fingerprint(drafter)})" if drafter else None,
+        "tree_nodes": arguments.tree_nodes if drafter else None,
+        "dtype": arguments.dtype,
+        "seed": arguments.seed,
+        "shard": "/".join(map(str, arguments.shard)),
+        **fields_of(arguments),
+        **(given if arguments.prompts else {name: getattr(arguments, name) for name in cut}),
+    }
+
+
+def fingerprint(path_or_id: str) -> str:
+    """A hash of size, beginning and end of the weights, so that a retrained model is noticed."""
+    digest = hashlib.sha256()
+    for path in sorted(convert.target_folder(path_or_id).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read() + str(size).encode())
+    return digest.hexdigest()[:12]
+
+
+def find_prompts(arguments: argparse.Namespace, engine: Engine) -> tuple[list[Prompt], list[str]]:
+    """This worker's prompts, and one sentence per bad line."""
+    tokenizer, problems = engine.tokenizer, []
+    if arguments.prompts:
+        prompts, problems = read_prompts(arguments.prompts, arguments.first_turn)
+    else:
+        shortest, longest = arguments.prompt_lengths
+        room = tokenizer.model_max_length - max(shortest, longest)
+        if arguments.max_new_tokens > room:
+            raise InputError(
+                f"--max-new-tokens: expected 1..{room}, so that the longest prompt and its answer "
+                f"fit the target's {tokenizer.model_max_length} positions, found "
+                f"{arguments.max_new_tokens}"
+            )
+        texts, _ = data.corpus(tuple(arguments.sources), arguments.heldout, arguments.max_bytes)
+        tokens = data.tokenize(tokenizer, texts)
+        prompts = cut_prompts(tokens, arguments.count, shortest, longest, arguments.seed)
+    return share_of(prompts, *arguments.shard), problems
+
+
+def load(arguments: argparse.Namespace) -> Engine:
+    """Target, drafter and chat template."""
+    dtype = DTYPES[arguments.dtype]
+    engine = Engine.from_pretrained(
+        arguments.target, arguments.drafter, arguments.tree_nodes, dtype
+    )
+    if arguments.template:
+        try:
+            engine.tokenizer.chat_template = pathlib.Path(arguments.template).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"--template: expected a readable file, found {arguments.template} ({error})"
+            ) from error
+    return engine
+
+
+def record_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the file beside the answers says that does not decide them."""
+    packages = ("jax", "jaxlib", "flax", "numpy", "transformers")
+    return {
+        "command": " ".join(["python -m train.regenerate", *sys.argv[1:]]),
+        "prompts": arguments.prompts,
+        "rows": arguments.rows,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 @exit_on_bad_input
 def main() -> None:
     """Entry point of ``python -m train.regenerate``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", required=True, help="folder of the target")
-    parser.add_argument("--out", required=True, help="file to write, .npz")
-    parser.add_argument("--sources", nargs="+", default=["stdlib"], help="packages with prompts")
-    parser.add_argument(
-        "--heldout", type=float, default=data.HELDOUT, help="share of files left out"
-    )
-    parser.add_argument("--max-bytes", type=int, default=0, help="read at most that much text")
-    parser.add_argument("--count", type=int, default=4096, help="number of prompts")
-    parser.add_argument("--rows", type=int, default=64, help="prompts decoded at a time")
-    parser.add_argument("--prompt-lengths", type=int, nargs=2, default=(16, 128))
-    parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if arguments.rows < 1 or arguments.count < 1 or arguments.count % arguments.rows:
-        raise InputError(
-            f"--count: expected a multiple of --rows ({arguments.rows}), found {arguments.count}"
-        )
-    out = pathlib.Path(arguments.out)
-    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-        raise InputError(f"--out: expected a writable folder, found {out.parent}")
+    arguments = _parse()
     use_compilation_cache()
-    lm, params, tokenizer = recipes.load_target(arguments.target)
-    room = tokenizer.model_max_length - max(arguments.prompt_lengths)
-    if not 1 <= arguments.new_tokens <= room:
-        raise InputError(
-            f"--new-tokens: expected 1..{room}, so that the longest prompt and its answer fit the "
-            f"target's {tokenizer.model_max_length} positions, found {arguments.new_tokens}"
-        )
-    texts, _ = data.corpus(tuple(arguments.sources), arguments.heldout, arguments.max_bytes)
-    tokens = data.tokenize(tokenizer, texts)
-    shortest, longest = arguments.prompt_lengths
-    prompts, lengths = cut_prompts(tokens, arguments.count, shortest, longest, arguments.seed)
-    whole, ends = answer(lm, params, prompts, lengths, arguments.new_tokens, arguments.rows)
-    part = out.with_name(f".{out.name}.part.npz")
-    np.savez(part, tokens=whole, prompt_lengths=lengths, lengths=ends)
-    part.rename(out)
-    loops = [data.loop_share(row[p:n]) for row, p, n in zip(whole, lengths, ends, strict=True)]
+    if arguments.dtype == "float32":
+        # Accelerators round the inputs of float32 products by default, which can swap near ties.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    engine = load(arguments)
+    prompts, problems = find_prompts(arguments, engine)
+    totals, fields = Totals(), fields_of(arguments)
+    with Ledger(arguments.out, settings_of(arguments), record_of(arguments), totals.add) as ledger:
+        left = [prompt for prompt in prompts if prompt.id not in ledger.done]
+        dialogues, refused, too_long = prepare(engine, left, arguments.max_new_tokens)
+        report(problems + refused)
+        rows = min(arguments.rows, max(1, len(prompts)))
+        shortened = answer_all(engine, dialogues, ledger, rows, arguments.seed, fields)
+        counts = totals.counts() | {"too_long": too_long, "bad": len(problems + refused)}
+        ledger.finish(counts | {"ended_early": shortened})
     print(
-        f"{len(whole)} answers, {int((ends - lengths).sum())} tokens in {out}; "
-        f"{np.mean(np.asarray(loops) > 0.4):.0%} loop"
+        f"{totals.answers} answers, {totals.tokens} tokens, {counts['loop_share']:.0%} loop, "
+        f"mean accepted length {counts['accepted_length']:.2f}, {too_long} prompts too long: "
+        f"{arguments.out}"
     )
+    if problems or refused:
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM, output_logits
-from train import data
+from train import corpus
 from train.config import TrainConfig
 
 
@@ -25,13 +25,13 @@ class TargetObjective:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        texts, heldout = data.corpus(
+        texts, heldout = corpus.corpus(
             config.data.sources, config.data.heldout, config.data.max_bytes
         )
         self.tokenizer = _tokenizer(config, texts)
-        train, held = (data.tokenize(self.tokenizer, part) for part in (texts, heldout))
-        self.windows = data.Windows(train, config.batch.length)
-        self.heldout = data.Windows(held, config.batch.length)
+        train, held = (corpus.tokenize(self.tokenizer, part) for part in (texts, heldout))
+        self.windows = corpus.Windows(train, config.batch.length)
+        self.heldout = corpus.Windows(held, config.batch.length)
         # Too little text fails here and not at the first evaluation.
         self.batch(0)
         self.heldout.batch(0, 0, config.batch.microbatch)
@@ -94,7 +94,7 @@ class TargetObjective:
 
 def _tokenizer(config: TrainConfig, texts: list[str]):
     if not config.data.tokenizer:
-        return data.train_tokenizer(texts, config.data.vocab_size)
+        return corpus.train_tokenizer(texts, config.data.vocab_size)
     tokenizer = recipes.load_tokenizer(config.data.tokenizer)
     if len(tokenizer) > config.data.vocab_size:
         raise InputError(
