@@ -5,19 +5,21 @@ D width; ``...`` are any leading axes, the same in all arguments of a call.
 
 A CTC drafter gives every frame a law over V tokens and one blank, class V. Frames collapse to
 text: merge adjacent repeats, then delete blanks. All objectives read only the log-probabilities
-of the blank, [..., F], and of the labels, [..., F, K]; two functions make them, from logits or
-from hidden states a chunk at a time. Labels are right-padded and ``label_lengths`` says how many
-count. Arithmetic is in float32, or in float64 where the inputs are.
+of the blank, [..., F], and of the labels, [..., F, K]; ``gather_frame_log_probs`` makes them from
+logits, ``chunked_frame_log_probs`` from hidden states. Labels are right-padded and
+``label_lengths`` says how many count. Arithmetic is in float32, or in float64 where the inputs are.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from ctc_spec_jax.chunked_head import chunked_frame_log_probs as chunked_frame_log_probs
+from ctc_spec_jax.chunked_head import widen
 
 IMPOSSIBLE = -1e30
 """Log-probability of what no alignment reaches. Finite, since inf - inf and 0 * inf are NaN; so
@@ -42,120 +44,12 @@ def gather_frame_log_probs(logits: Array, labels: Array) -> tuple[Array, Array]:
     """
     if logits.shape[:-2] != labels.shape[:-1]:
         raise ValueError(f"logits {logits.shape} and labels {labels.shape}: leading axes differ")
-    logits = _widen(logits)
+    logits = widen(logits)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     index = jnp.clip(labels, 0, logits.shape[-1] - 2)[..., None, :]
     index = jnp.broadcast_to(index, (*normaliser.shape, labels.shape[-1]))
     label = jnp.take_along_axis(logits, index, axis=-1)
     return logits[..., -1] - normaliser, label - normaliser[..., None]
-
-
-def chunked_frame_log_probs(
-    hidden: Array,
-    head: Array,
-    blank_row: Array,
-    labels: Array,
-    chunk: int,
-    blank_bias: Array | None = None,
-) -> tuple[Array, Array]:
-    """``gather_frame_log_probs`` of ``hidden @ [head, blank_row]``, without the [A, F, V] logits.
-
-    Matrix products run in the dtype of ``hidden`` and accumulate in float32. Differentiable in
-    every array, in reverse mode; the [D, V] gradient of ``head`` is computed only if asked for.
-
-    Args:
-      hidden: [A, F, D], the drafter's output states.
-      head: [D, V], the target's LM head.
-      blank_row: [D], the drafter's own column for the blank.
-      labels: int [A, K], token ids below V; padding may be any number.
-      chunk: anchors whose logits exist at a time; A is padded to a multiple of it. If A is
-        sharded, take a multiple of the number of shards: every chunk then lies on all devices.
-      blank_bias: [], added to the blank's logit.
-
-    Returns:
-      ``blank [A, F]`` and ``label [A, F, K]``, float32, nats.
-    """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    if hidden.ndim != 3 or labels.ndim != 2 or hidden.shape[0] != labels.shape[0]:
-        got = f"{hidden.shape} and {labels.shape}"
-        raise ValueError(f"expected hidden [A, F, D] and labels [A, K], got {got}")
-    head, blank_row = head.astype(hidden.dtype), blank_row.astype(hidden.dtype)
-    # Label logits are products with K gathered columns: picking them out of the chunk's logits
-    # would need a scatter into [chunk, F, V] on the way back.
-    columns = jnp.take(head.T, jnp.clip(labels, 0, head.shape[1] - 1), axis=0)  # [A, K, D]
-    label = _product("afd,akd->afk", hidden, columns)
-    blank = _product("afd,d->af", hidden, blank_row)
-    if blank_bias is not None:
-        blank = blank + blank_bias.astype(blank.dtype)
-    normaliser = jnp.logaddexp(_vocab_logsumexp(chunk, hidden, head), blank)
-    return blank - normaliser, label - normaliser[..., None]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _vocab_logsumexp(chunk: int, hidden: Array, head: Array) -> Array:
-    """logsumexp over V of ``hidden @ head``: [A, F, D], [D, V] -> [A, F]."""
-    return _map_chunks(
-        lambda h: jax.nn.logsumexp(_product("afd,dv->afv", h, head), axis=-1), chunk, hidden
-    )
-
-
-def _vocab_logsumexp_fwd(chunk, hidden, head):
-    # The gradient in hidden is the softmax-weighted mean of the head's columns, no larger than
-    # hidden: one matmul now, where recomputing the logits in the backward pass would take two.
-    def one(h):
-        logits = _product("afd,dv->afv", h, head.value)
-        top = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        mean = _product("afv,dv->afd", weights.astype(h.dtype), head.value) / total
-        return (jnp.log(total) + top)[..., 0], mean.astype(h.dtype)
-
-    normaliser, mean_column = _map_chunks(one, chunk, hidden.value)
-    for_head = (hidden.value, head.value, normaliser) if head.perturbed else None
-    return normaliser, (mean_column, for_head)
-
-
-def _vocab_logsumexp_bwd(chunk, residuals, cotangent):
-    mean_column, for_head = residuals
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return None, None
-    d_hidden = (cotangent[..., None] * _widen(mean_column)).astype(mean_column.dtype)
-    if for_head is None:
-        return d_hidden, None
-    hidden, head, normaliser = for_head
-
-    def add(total, part):
-        h, lse, weight = part
-        softmax = jnp.exp(_product("afd,dv->afv", h, head) - lse[..., None])
-        weighted = (softmax * weight[..., None]).astype(h.dtype)
-        return total + _product("afd,afv->dv", h, weighted), None
-
-    parts = [_split(chunk, x) for x in (hidden, normaliser, cotangent)]
-    d_head, _ = lax.scan(add, jnp.zeros(head.shape, normaliser.dtype), parts)
-    return d_hidden, d_head.astype(head.dtype)
-
-
-_vocab_logsumexp.defvjp(_vocab_logsumexp_fwd, _vocab_logsumexp_bwd, symbolic_zeros=True)
-
-
-def _split(chunk: int, x: Array) -> Array:
-    """[A, ...] -> [chunks, anchors per chunk, ...], padded with zeros."""
-    # Chunk j holds the anchors j, j + chunks, ...: with A sharded over devices it takes an equal
-    # part from each, where a chunk of neighbours would lie on one device.
-    chunk = min(chunk, x.shape[0])
-    num_chunks = -(-x.shape[0] // chunk)
-    x = jnp.pad(x, [(0, num_chunks * chunk - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-    return jnp.moveaxis(x.reshape(chunk, num_chunks, *x.shape[1:]), 1, 0)
-
-
-def _map_chunks(function, chunk: int, x: Array):
-    """``function`` over chunks of the leading axis; every output has that axis."""
-
-    def join(y):
-        return jnp.moveaxis(y, 0, 1).reshape(-1, *y.shape[2:])[: x.shape[0]]
-
-    return jax.tree.map(join, lax.map(function, _split(chunk, x)))
 
 
 def ctc_log_prob(blank: Array, label: Array, labels: Array, label_lengths: Array) -> Array:
@@ -210,8 +104,8 @@ def _alignment_log_probs(blank, label, labels):
         got = f"{blank.shape}, {label.shape} and {labels.shape}"
         raise ValueError(f"expected blank [..., F], label [..., F, K], labels [..., K], got {got}")
     # Anchors go last: they fill the vector lanes, and the shift by one label moves whole rows.
-    blank = jnp.maximum(_widen(jnp.moveaxis(blank, -1, 0)), IMPOSSIBLE)[:, None]  # [F, 1, ...]
-    label = jnp.maximum(_widen(jnp.moveaxis(label, (-2, -1), (0, 1))), IMPOSSIBLE)  # [F, K, ...]
+    blank = jnp.maximum(widen(jnp.moveaxis(blank, -1, 0)), IMPOSSIBLE)[:, None]  # [F, 1, ...]
+    label = jnp.maximum(widen(jnp.moveaxis(label, (-2, -1), (0, 1))), IMPOSSIBLE)  # [F, K, ...]
     labels = jnp.moveaxis(labels, -1, 0)
     repeat = jnp.concatenate([jnp.zeros_like(labels[:1], bool), labels[1:] == labels[:-1]])
 
@@ -281,7 +175,7 @@ def draft_loss(
         "ctc": _charge(_at_length(whole, label_lengths)),
         "expected_length": jnp.sum(jnp.exp(prefix), axis=-1),
     }
-    values = {name: _mean(term, label_lengths > 0) for name, term in terms.items()}
+    values = {name: masked_mean(term, label_lengths > 0) for name, term in terms.items()}
     costs = values | {"expected_length": -values["expected_length"]}
     loss = sum((weights[name] * costs[name] for name in weights), jnp.zeros_like(values["ctc"]))
     return loss, values
@@ -323,28 +217,17 @@ def cross_entropy(logits: Array, labels: Array, mask: Array) -> Array:
     ``logits`` [..., V], any float dtype; ``labels`` int [...], ids below V, anything where the
     mask is false; ``mask`` bool [...]. 0 if the mask is false everywhere.
     """
-    logits = _widen(logits)
+    logits = widen(logits)
     index = jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None]
     label = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-    return _mean(jax.nn.logsumexp(logits, axis=-1) - label, mask)
+    return masked_mean(jax.nn.logsumexp(logits, axis=-1) - label, mask)
 
 
 def _charge(log_probs):
     return jnp.where(log_probs > IMPOSSIBLE, -log_probs, 0.0)
 
 
-def _mean(x, valid):
+def masked_mean(x: Array, valid: Array) -> Array:
+    """Mean of ``x`` over the places where ``valid`` is true, 0 if there is none."""
     count = jnp.maximum(jnp.sum(valid), 1).astype(x.dtype)
     return jnp.sum(jnp.where(valid, x, 0.0)) / count
-
-
-def _product(subscripts, x, y):
-    return jnp.einsum(subscripts, x, y, preferred_element_type=_wide_dtype(x.dtype))
-
-
-def _wide_dtype(dtype):
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-def _widen(x):
-    return x.astype(_wide_dtype(x.dtype))
