@@ -5,168 +5,33 @@
 
 A drafter that is trained on its target's own answers (sequence-level distillation) sees the text
 that it will have to draft. The program can be killed at any moment: the same command goes on.
-One line per prompt: id, input_ids, loss_mask (1: answer), finish, rounds, accepted_length, messages.
+One line per prompt: id, input_ids, loss_mask (1: answer), finish, rounds, accepted_length and, of a
+chat, messages.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import hashlib
 import importlib.metadata
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
-from ctc_spec_jax import demo, options, xla
+from ctc_spec_jax import demo, options
 from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache
-from ctc_spec_jax.engine import Engine, Generation
+from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
 from infer.prompts import report
-from train import data
-from train.dialogue import Dialogue, Totals, begin, line_of, next_turn, with_answer
+from train import corpus
+from train.answering import answer_all, prepare
+from train.dialogue import Totals
 from train.ledger import Ledger
-from train.prompts import (
-    Prompt,
-    cut_prompts,
-    file_digest,
-    read_prompts,
-    row_seed,
-    share_of,
-)
-
-Pool = dict[int, list[Dialogue]]
-"""Dialogues that wait for an answer, by the bucket of their length."""
-
-
-def take(pool: Pool, rows: int) -> list[Dialogue]:
-    """Remove and return up to ``rows`` dialogues of one bucket.
-
-    A full batch of long ones goes first, so that chats come to their end; else the shortest bucket,
-    whose next turns can still fill up a longer one.
-    """
-    full = [bucket for bucket, waiting in pool.items() if len(waiting) >= rows]
-    bucket = max(full) if full else min(pool)
-    batch, rest = pool[bucket][:rows], pool[bucket][rows:]
-    if rest:
-        pool[bucket] = rest
-    else:
-        del pool[bucket]
-    return batch
-
-
-def put(pool: Pool, dialogue: Dialogue) -> None:
-    """Let a dialogue wait for its next answer."""
-    pool.setdefault(xla.bucket(len(dialogue.ids)), []).append(dialogue)
-
-
-def answer(
-    engine: Engine, batch: Sequence[Dialogue], rows: int, seed: int, fields: Mapping[str, Any]
-) -> list[Generation]:
-    """The next answer of every dialogue; ``fields`` are options of ``Engine.generate``."""
-    # Copies that end after one round keep the shape, and so the program, of a full batch.
-    filled = [*batch, *[batch[0]] * (rows - len(batch))]
-    budgets = [fields["max_new_tokens"]] * len(batch) + [1] * (rows - len(batch))
-    answers = engine.generate(
-        [d.ids for d in filled],
-        seed=[row_seed(d.prompt.id, len(d.finish), seed) for d in filled],
-        **{**fields, "max_new_tokens": budgets},
-    )
-    return answers[: len(batch)]
-
-
-def answer_all(
-    engine: Engine,
-    dialogues: Iterable[Dialogue],
-    ledger: Ledger,
-    rows: int,
-    seed: int,
-    fields: Mapping[str, Any],
-) -> int:
-    """Answer all turns of all dialogues, writing every line as soon as it is complete.
-
-    Returns:
-      How many chats ended before their last turn, because it would not have fitted.
-    """
-    pool: Pool = {}
-    for dialogue in dialogues:
-        put(pool, dialogue)
-    new = shortened = 0
-    total = sum(map(len, pool.values()))
-    with tqdm(total=total + len(ledger.done), initial=len(ledger.done), unit=" prompts") as bar:
-        while pool:
-            batch, lines = take(pool, rows), []
-            answers = answer(engine, batch, rows, seed, fields)
-            for dialogue, said in zip(batch, answers, strict=True):
-                dialogue = with_answer(dialogue, said)
-                try:
-                    following = next_turn(engine.tokenizer, dialogue)
-                    if following:
-                        check_length(engine, following, fields["max_new_tokens"])
-                except InputError as error:
-                    bar.write(f"{label(dialogue.prompt)} ends early: {error}", file=sys.stderr)
-                    following, shortened = None, shortened + 1
-                if following:
-                    put(pool, following)
-                else:
-                    lines.append(line_of(dialogue))
-                new += len(said.tokens)
-            ledger.append(lines)
-            bar.update(len(lines))
-            seconds = bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"{new / max(seconds, 1e-9):.0f} tokens/s")
-    return shortened
-
-
-def label(prompt: Prompt) -> str:
-    """How messages call a prompt."""
-    return f"prompt {prompt.id} ({prompt.place})"
-
-
-def check_length(engine: Engine, dialogue: Dialogue, max_new_tokens: int) -> None:
-    """Refuse a dialogue that leaves no room for an answer among the target's positions."""
-    room = engine.tokenizer.model_max_length - max_new_tokens
-    if len(dialogue.ids) > room:
-        raise InputError(
-            f"expected at most {room} tokens, so that {max_new_tokens} new ones fit, found "
-            f"{len(dialogue.ids)}"
-        )
-
-
-def prepare(
-    engine: Engine, prompts: Iterable[Prompt], max_new_tokens: int
-) -> tuple[list[Dialogue], list[str], int]:
-    """Dialogues before their first answer.
-
-    Returns:
-      The dialogues, one sentence per prompt that cannot be decoded, and how many are too long, each
-      of which is named on standard error.
-    """
-    ready, problems, too_long = [], [], 0
-    for prompt in prompts:
-        try:
-            dialogue = begin(engine.tokenizer, prompt)
-            if dialogue.ids:
-                engine.encode([dialogue.ids[:1]])
-            if not dialogue.ids or max(dialogue.ids) >= engine.lm.vocab_size:
-                engine.encode([dialogue.ids])
-        except InputError as error:
-            sentence = str(error).removeprefix("prompt 0: ")
-            problems.append(f"--prompts: {prompt.place}: {sentence}")
-            continue
-        try:
-            check_length(engine, dialogue, max_new_tokens)
-            ready.append(dialogue)
-        except InputError as error:
-            print(f"{label(prompt)} is skipped: {error}", file=sys.stderr)
-            too_long += 1
-    return ready, problems, too_long
+from train.prompts import Prompt, cut_prompts, file_digest, read_prompts, share_of
 
 
 def _parse() -> argparse.Namespace:
@@ -185,7 +50,7 @@ def _parse() -> argparse.Namespace:
     group = parser.add_argument_group("prompts cut from Python sources")
     group.add_argument("--sources", nargs="+", help="installed packages (default: stdlib)")
     group.add_argument(
-        "--heldout", type=float, default=data.HELDOUT, help="share of files left out"
+        "--heldout", type=float, default=corpus.HELDOUT, help="share of files left out"
     )
     group.add_argument("--max-bytes", type=int, default=0, help="read at most that much text")
     group.add_argument("--count", type=int, default=4096, help="number of prompts")
@@ -282,8 +147,8 @@ def find_prompts(arguments: argparse.Namespace, engine: Engine) -> tuple[list[Pr
                 f"fit the target's {tokenizer.model_max_length} positions, found "
                 f"{arguments.max_new_tokens}"
             )
-        texts, _ = data.corpus(tuple(arguments.sources), arguments.heldout, arguments.max_bytes)
-        tokens = data.tokenize(tokenizer, texts)
+        texts, _ = corpus.corpus(tuple(arguments.sources), arguments.heldout, arguments.max_bytes)
+        tokens = corpus.tokenize(tokenizer, texts)
         prompts = cut_prompts(tokens, arguments.count, shortest, longest, arguments.seed)
     return share_of(prompts, *arguments.shard), problems
 
