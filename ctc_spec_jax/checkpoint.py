@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ctc_spec_jax.errors import InputError
 
-SCORE = "accepted_length"
-"""Metric whose largest value makes a checkpoint the best."""
-
 
 class Checkpoints:
-    """Numbered checkpoints in one folder (local or ``gs://``): the newest ``keep``, and the best.
+    """Numbered checkpoints in one folder (local or ``gs://``): the newest ``keep``, and the one
+    with the largest ``score`` among its metrics.
 
     A checkpoint holds arrays (parameters, optimiser, step), notes (JSON: data position, what the
     run is) and metrics. It becomes visible under its number only when it is complete, so a run
     that is killed while it saves, or that finds the disk full, resumes from the one before.
     """
 
-    def __init__(self, folder: str | pathlib.Path, keep: int):
+    def __init__(self, folder: str | pathlib.Path, keep: int, score: str = "accepted_length"):
+        self._score = score
         self.folder = epath.Path(folder)
         if "://" not in str(folder):
             self.folder = epath.Path(pathlib.Path(folder).absolute())
@@ -35,7 +34,7 @@ class Checkpoints:
             [
                 preservation_policy.LatestN(keep),
                 preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics[SCORE],
+                    get_metric_fn=lambda metrics: metrics[score],
                     reverse=False,
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -45,7 +44,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=True,
             preservation_policy=policy,
-            best_fn=lambda metrics: metrics[SCORE],
+            best_fn=lambda metrics: metrics[score],
             best_mode="max",
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -59,7 +58,9 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
         )
-        score = {SCORE: float(metrics[SCORE])} if SCORE in metrics else None
+        name = self._score
+        # Orbax warns where a metric is missing; this one ranks below all others.
+        score = {name: float(metrics.get(name, -math.inf))}
         with self._told(f"the checkpoint of step {step} or the one before it"):
             if step in self._manager.all_steps():
                 return
@@ -75,8 +76,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Step with the largest score, or None."""
-        return self._manager.best_step()
+        """Step with the largest score, or None where none was scored."""
+        step = self._manager.best_step()
+        scored = step is not None and self._manager.metrics(step)[self._score] > -math.inf
+        return step if scored else None
 
     def preempted(self, step: int) -> bool:
         """Whether the machines are about to be taken away; the same answer on every host."""
@@ -136,16 +139,3 @@ def load_params(folder: str | pathlib.Path, like):
 def _absolute(folder):
     text = str(folder)
     return epath.Path(text if "://" in text else pathlib.Path(text).absolute())
-
-
-def host_copy(tree):
-    """Whole arrays on this host, of arrays that may be spread over hosts."""
-
-    def fetch(x):
-        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
-            from jax.experimental import multihost_utils
-
-            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-        return np.asarray(x)
-
-    return jax.tree.map(fetch, tree)

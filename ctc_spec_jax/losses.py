@@ -161,13 +161,16 @@ def draft_loss(
       prefix_weights: ``weights`` of ``prefix_loss``.
 
     Returns:
-      The loss, float32 [], and the value of each of ``OBJECTIVES``, unweighted.
+      The loss, float32 [], and the value of each of ``OBJECTIVES``, unweighted; beside them, by
+      position, ``loss_at`` [K] (the mean charge of the first k labels) and ``prefix_at`` [K] (the
+      mean probability that a draft begins with them).
     """
     if unknown := set(weights) - set(OBJECTIVES):
         raise ValueError(f"weights must be among {OBJECTIVES}, got {sorted(unknown)}")
     prefix, whole = _alignment_log_probs(blank, label, labels)
     prefix = _drop_padding(prefix, label_lengths)
-    charges = _charge(prefix)
+    charges, valid = _charge(prefix), label_lengths > 0
+    by_position = {"loss_at": charges, "prefix_at": jnp.exp(prefix)}
     if prefix_weights is not None:
         charges *= jnp.broadcast_to(prefix_weights.astype(charges.dtype), charges.shape)
     terms = {
@@ -175,10 +178,11 @@ def draft_loss(
         "ctc": _charge(_at_length(whole, label_lengths)),
         "expected_length": jnp.sum(jnp.exp(prefix), axis=-1),
     }
-    values = {name: masked_mean(term, label_lengths > 0) for name, term in terms.items()}
+    values = {name: masked_mean(term, valid) for name, term in terms.items()}
     costs = values | {"expected_length": -values["expected_length"]}
     loss = sum((weights[name] * costs[name] for name in weights), jnp.zeros_like(values["ctc"]))
-    return loss, values
+    each = jax.vmap(masked_mean, (-1, None))
+    return loss, values | {name: each(term, valid) for name, term in by_position.items()}
 
 
 def ctc_loss(blank: Array, label: Array, labels: Array, label_lengths: Array) -> Array:

@@ -10,16 +10,20 @@ Shape letters: as in ``models.decoder`` and ``draft.ctc``.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.types import DecodeState, Request
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -52,6 +56,9 @@ PARAMETERS: dict[str, Axes] = {
 
 CACHE: Axes = ("batch", "heads", None, None)
 """Axes of keys [B, K, C, S] and of values [B, K, S, C]."""
+
+HIDDEN: Axes = ("batch", None, None)
+"""Axes of hidden states [B, N, D]."""
 
 
 def make_mesh(
@@ -90,9 +97,9 @@ def spec(mesh, axes: Axes, shape: Sequence[int]) -> P:
     return P(*places)
 
 
-def parameter_axes(path, shape: Sequence[int]) -> Axes:
-    """Logical axes of the parameter at the end of a key path of a tree."""
-    name = re.sub(r"^layer_\d+_", "", _last_name(path))
+def parameter_axes(name: str, shape: Sequence[int]) -> Axes:
+    """Logical axes of a parameter, by the last name of its path."""
+    name = re.sub(r"^layer_\d+_", "", name)
     axes = PARAMETERS.get(name, ())
     return axes if len(axes) == len(shape) else (None,) * len(shape)
 
@@ -100,9 +107,13 @@ def parameter_axes(path, shape: Sequence[int]) -> Axes:
 def parameters(mesh: Mesh, tree):
     """Shardings of a tree of parameters, of their gradients or of an optimiser's state."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, spec(mesh, parameter_axes(path, x.shape), x.shape)),
-        tree,
+        lambda path, x: parameter(mesh, _last_name(path), x.shape), tree
     )
+
+
+def parameter(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
+    """Sharding of one parameter; see ``parameter_axes``."""
+    return NamedSharding(mesh, spec(mesh, parameter_axes(name, shape), shape))
 
 
 def rows(mesh: Mesh, tree, axis: int = 0):
@@ -115,22 +126,75 @@ def rows(mesh: Mesh, tree, axis: int = 0):
     return jax.tree.map(one, tree)
 
 
+def inputs(mesh: Mesh, argument):
+    """Shardings of an argument of a decode: a ``DecodeState``, a ``Request`` or arrays of rows."""
+    if isinstance(argument, DecodeState):
+        return jax.tree.map(
+            lambda x: NamedSharding(mesh, spec(mesh, _carried(x), x.shape)), argument
+        )
+    places = rows(mesh, argument)
+    if isinstance(argument, Request) and argument.stop_strings is not None:
+        # All rows look into one table.
+        strings = dataclasses.replace(places.stop_strings, table=whole(mesh))
+        places = dataclasses.replace(places, stop_strings=strings)
+    return places
+
+
+def _carried(x) -> Axes:
+    return CACHE if x.ndim == len(CACHE) else ("batch",) + (None,) * (x.ndim - 1)
+
+
 def whole(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, P())
 
 
+def current_mesh():
+    """The mesh of ``jax.set_mesh``; None without one and inside ``jax.shard_map``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or not mesh.are_all_axes_auto else mesh
+
+
 def constrain(x, axes: Axes):
     """``x``, kept where its logical axes belong, inside ``jit`` under ``jax.set_mesh``.
 
-    Without a mesh nothing changes.
+    Without a mesh, and inside ``jax.shard_map``, nothing changes.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh = current_mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
+
+
+def gather_width(x):
+    """Hidden states [B, N, D] that a product with a ``wide`` matrix made, whole on every chip.
+
+    Told in two steps: told the second alone, the partitioner gathers the matrix.
+    """
+    return constrain(constrain(x, ("batch", None, "wide")), HIDDEN)
+
+
+def parts(axis: str, size: int) -> int:
+    """Into how many parts the mesh of ``jax.set_mesh`` cuts a dimension; 1 without one."""
+    mesh = current_mesh()
+    if mesh is None:
+        return 1
+    (names,) = spec(mesh, (axis,), (size,))
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _last_name(path) -> str:
     names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
     return str(names[-1]) if names else ""
+
+
+def host_copy(tree):
+    """Whole arrays on this host, of arrays that may be spread over hosts."""
+
+    def fetch(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(fetch, tree)

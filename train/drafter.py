@@ -8,59 +8,60 @@ Shape letters: B rows, T tokens, A anchors, F frames, K labels, D width.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
-from ctc_spec_jax import losses, recipes
-from ctc_spec_jax.decode import Loop, decode
-from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config, published
+from ctc_spec_jax import losses, recipes, sharding
+from ctc_spec_jax.checkpoint import save_params
+from ctc_spec_jax.chunked_head import chunked_frame_log_probs
+from ctc_spec_jax.cli import DTYPES
+from ctc_spec_jax.decode import Loop
+from ctc_spec_jax.draft.ctc import CTCDrafter, CTCNetwork, ctc_config, published
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.decoder import output_head
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
-from ctc_spec_jax.types import NO_TOKEN, Request
 from ctc_spec_jax.verify import Greedy
-from train import data
+from train import evaluate, plan
+from train.anchors import sample_anchors
 from train.config import TrainConfig
+from train.source import DocumentSource
 
 
 class DrafterObjective:
     """Weighted CTC objectives over random anchors of the target's answers."""
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
-        self.lm, self.frozen, self.tokenizer = recipes.load_target(config.target)
-        self.answers, self.heldout = data.load_answers(
-            config.data.answers, config.data.max_loop, config.data.heldout
+    def __init__(self, config: TrainConfig, mesh: Mesh):
+        self.config, self.mesh, self.dtype = config, mesh, DTYPES[config.dtype]
+        self.lm, self.frozen, self.tokenizer = recipes.load_target(
+            config.target, self.dtype, mesh=mesh
         )
-        shape, last = config.drafter, self.lm.config.num_layers - 1
+        self.stops = recipes.stop_ids(config.target, self.tokenizer)
+        self.source = DocumentSource(config, self.tokenizer, self.lm.vocab_size)
+        self.fingerprint, self.record = self.source.fingerprint, self.source.record
+        network = self._network_config()
+        tree = PrefixTree(config.drafter.tree_nodes, min(config.loss.labels, network.frames))
+        self.drafter = CTCDrafter(network, tree)
+        self.network = CTCNetwork(network, config.batch.remat)
+        self.initial = self._initial()
+        self._heldout = jax.jit(lambda p, f, b, k: self.loss(p, f, b, k)[::2])
+
+    def _network_config(self):
+        shape, last = self.config.drafter, self.lm.config.num_layers - 1
         if any(not 0 <= tap <= last for tap in shape.taps):
             raise InputError(f"drafter.taps: expected layers 0..{last}, found {list(shape.taps)}")
         if shape.preset == "published":
-            network = published(self.lm.config)
-        else:
-            network = ctc_config(
-                self.lm.config, shape.layers, shape.frames, shape.taps, shape.mlp_width
-            )
-        self.batch(0)  # too few answers fail here
-        tree = PrefixTree(shape.tree_nodes, min(config.loss.labels, network.frames))
-        self.drafter = CTCDrafter(network, tree)
-        self.record = {
-            "answers": len(self.answers.tokens),
-            "answer_tokens": int((self.answers.lengths - self.answers.prompt_lengths).sum()),
-        }
-        self._heldout_metrics = jax.jit(lambda p, f, b, k: self.loss(p, f, b, k)[1])
-        self._decode = jax.jit(functools.partial(decode, self._loop()))
+            return published(self.lm.config)
+        return ctc_config(self.lm.config, shape.layers, shape.frames, shape.taps, shape.mlp_width)
 
-    def init(self, key):
-        """Fresh float32 parameters, or those of ``drafter.init_from``. ``key`` is consumed."""
+    def _initial(self):
+        """Parameters of ``drafter.init_from``, or None."""
         folder = self.config.drafter.init_from
         if not folder:
-            return self.drafter.init_params(key)
-        before, params = recipes.load_drafter(folder, self.lm, self.tokenizer)
+            return None
+        before, params = recipes.load_drafter(folder, self.lm, self.tokenizer, mesh=self.mesh)
         if before.config != self.drafter.config:
             raise InputError(
                 f"drafter.init_from: expected a network of the shape in section drafter, "
@@ -68,113 +69,91 @@ class DrafterObjective:
             )
         return params
 
-    def batch(self, step: int):
-        """Rows of one step: tokens int32 [B, T], prompt_lengths and lengths int32 [B]."""
-        return self.answers.batch(self.config.run.seed, step, self.config.batch.rows)
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of a step: the target forward, the drafter three times that."""
+        batch = self.config.batch
+        target = plan.forward_flops(self.lm.config, batch.rows, batch.length, head=False)
+        drafter = plan.drafter_flops(self.drafter.config, batch.rows, batch.length, batch.anchors)
+        return target + 3 * drafter
+
+    def init(self, key):
+        """Fresh float32 parameters. ``key`` is consumed."""
+        return self.drafter.init_params(key)
+
+    def batches(self, start: int):
+        """This process's batches from step ``start`` on."""
+        return self.source.batches(start)
 
     def loss(self, params, frozen, batch, keys):
-        """Weighted objectives of one micro-batch. ``keys`` [B] draw the anchors."""
+        """Weighted objectives of one micro-batch; see ``step.Objective``.
+
+        Metrics: the objectives, and ``prefix_at`` [K], the drafter's probability that its draft
+        begins with the target's next k tokens.
+        """
         weights = self.config.loss
-        tokens = batch["tokens"]
+        params = jax.tree.map(lambda x: x.astype(self.dtype), params)
         anchors, labels, label_lengths = sample_anchors(
             keys, batch, self.config.batch.anchors, weights.labels
         )
-        _, taps, _ = self.lm.hidden(frozen, tokens, batch["lengths"], self.drafter.taps)
-        pending = frozen["embedding"][jnp.take_along_axis(tokens, anchors, axis=1)]
-        hidden: Any = self.drafter.network.apply(
-            {"params": params}, taps, pending, anchors, method="anchor_hidden"
+        places = batch["segments"], batch["positions"]
+        _, taps = self.lm.packed_hidden(frozen, batch["tokens"], *places, self.drafter.taps)
+        pending = frozen["embedding"][jnp.take_along_axis(batch["tokens"], anchors, axis=1)]
+        hidden: Any = self.network.apply(
+            {"params": params}, taps, pending, anchors, *places, method="anchor_hidden"
         )
-        blank, label = losses.chunked_frame_log_probs(
+        labels, label_lengths = labels.reshape(-1, weights.labels), label_lengths.reshape(-1)
+        blank, label = chunked_frame_log_probs(
             hidden.reshape(-1, *hidden.shape[2:]),
             output_head(frozen),
             params["blank"],
-            labels.reshape(-1, weights.labels),
-            weights.chunk,
+            labels,
+            weights.chunk * self.mesh.shape["data"] * self.mesh.shape["fsdp"],
             params["blank_bias"],
         )
         decay = weights.decay ** jnp.arange(weights.labels, dtype=jnp.float32)
+        named = {name: getattr(weights, name) for name in losses.OBJECTIVES}
         loss, values = losses.draft_loss(
-            blank,
-            label,
-            labels.reshape(-1, weights.labels),
-            label_lengths.reshape(-1),
-            {
-                "prefix": weights.prefix,
-                "ctc": weights.ctc,
-                "expected_length": weights.expected_length,
-            },
-            decay / jnp.sum(decay),
+            blank, label, labels, label_lengths, named, decay / jnp.sum(decay)
         )
-        return loss, {"loss": loss} | values
+        return loss, jnp.sum(label_lengths > 0), values
 
     def evaluate(self, params) -> dict[str, float]:
-        """Held-out objectives, and the accepted length of the real decoder.
+        """Held-out objectives, and the accepted length of the real decoder with its interval.
 
         ``accepted_length`` counts tokens per target pass, bonus included, over held-out answers
-        that do not loop.
+        up to their stops and to where they begin to loop.
         """
         options = self.config.evaluation
-        rows = np.arange(min(options.rows, len(self.heldout.tokens)))
-        keys = jax.random.split(jax.random.key(0), len(rows))
-        metrics = self._heldout_metrics(params, self.frozen, self.heldout.take(rows), keys)
-        result = {f"heldout_{name}": float(value) for name, value in metrics.items()}
-        return result | self._decode_heldout(params)
+        held = self.source.heldout_rows(options.rows, self.mesh)
+        keys = jax.random.split(jax.random.key(0), len(held["tokens"]))
+        with jax.set_mesh(self.mesh):
+            loss, metrics = self._heldout(params, self.frozen, held, keys)
+        found = {f"heldout_{name}": value for name, value in metrics.items()}
+        return found | {"heldout_loss": loss} | self._accepted(params)
+
+    def _accepted(self, params) -> dict[str, Any]:
+        options = self.config.evaluation
+        prompts = self.source.heldout_prompts(options.prompts, options.prompt_length)
+        params = jax.tree.map(lambda x: x.astype(self.dtype), params)
+        loop = Loop(self.lm, self.drafter, Greedy(), options.new_tokens)
+        limit = self.config.data.max_loop
+        drafts = evaluate.measure(loop, self.frozen, params, prompts, self.stops, self.mesh, limit)
+        return evaluate.summary(drafts, prompts.categories)
 
     def export(self, params, folder: str, record: dict) -> None:
-        """Write config.json and model.safetensors of the drafter, and ``training.json``."""
-        recipes.save_drafter(
-            folder,
-            self.drafter,
-            params,
-            target=self.config.target,
-            tokenizer=self.tokenizer,
-            training=record,
-        )
+        """Write config.json, model.safetensors and training.json of the drafter, and ``params``.
 
-    def _loop(self) -> Loop:
-        return Loop(self.lm, self.drafter, Greedy(), self.config.evaluation.new_tokens)
-
-    def _decode_heldout(self, params) -> dict[str, float]:
-        options = self.config.evaluation
-        held = self.heldout.take(np.arange(min(options.prompts, len(self.heldout.tokens))))
-        lengths = np.minimum(held["prompt_lengths"], options.prompt_length)
-        prompts = held["tokens"][:, : options.prompt_length]
-        batch = len(prompts)
-        request = Request(
-            max_new_tokens=np.full((batch,), options.new_tokens, np.int32),
-            stops=np.full((batch, 1), NO_TOKEN, np.int32),
-            keys=jax.random.split(jax.random.key(0), batch),
-        )
-        result = self._decode(self.frozen, params, prompts, lengths, request)
-        tokens, counts = np.asarray(result.tokens), np.asarray(result.lengths)
-        fine = [
-            data.loop_share(row[:n]) <= self.config.data.max_loop
-            for row, n in zip(tokens, counts, strict=True)
-        ]
-        rounds = np.asarray(result.stats.rounds)
-        if not any(fine):
-            fine = [True] * batch
-        return {"accepted_length": float(counts[fine].sum() / rounds[fine].sum())}
-
-
-def sample_anchors(keys, batch, num_anchors: int, num_labels: int):
-    """Draw one anchor from each of A equal parts of every answer.
-
-    An anchor is the position of a pending token: the prompt's last token or an answer token that
-    has a successor. ``keys`` [B] are consumed.
-
-    Returns:
-      anchors int32 [B, A], labels int32 [B, A, K] (the tokens after the anchor), and the number
-      of labels inside the answer, int32 [B, A].
-    """
-    tokens, first = batch["tokens"], batch["prompt_lengths"] - 1
-    room = batch["lengths"] - 1 - first  # anchors to choose from
-    part = jnp.arange(num_anchors, dtype=jnp.float32)[None]
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (num_anchors,)))(keys)
-    place = (part + uniform) / num_anchors
-    offset = jnp.floor(place * room[:, None].astype(jnp.float32)).astype(jnp.int32)
-    anchors = first[:, None] + jnp.minimum(offset, room[:, None] - 1)
-    ahead = anchors[..., None] + 1 + jnp.arange(num_labels, dtype=jnp.int32)[None, None]
-    labels = jnp.take_along_axis(tokens[:, None], jnp.minimum(ahead, tokens.shape[1] - 1), axis=2)
-    count = jnp.minimum(batch["lengths"][:, None] - 1 - anchors, num_labels)
-    return anchors, labels, jnp.maximum(count, 0)
+        ``params`` is an orbax item that any mesh can read; see ``checkpoint.load_params``.
+        """
+        whole = sharding.host_copy(params)
+        if jax.process_index() == 0:
+            recipes.save_drafter(
+                folder,
+                self.drafter,
+                whole,
+                target=self.config.target,
+                tokenizer=self.tokenizer,
+                training=record,
+            )
+        save_params(f"{folder}/params", params)

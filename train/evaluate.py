@@ -14,10 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ctc_spec_jax import sharding, xla
-from ctc_spec_jax.checkpoint import host_copy
 from ctc_spec_jax.decode import Loop, decode
 from ctc_spec_jax.types import NO_TOKEN, Request
-from train import data
+from train.loops import before_loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +59,10 @@ def measure(
     tokens = np.zeros((batch, width), np.int32)
     for index, row in enumerate(prompts.tokens):
         tokens[index, : len(row)] = row
+    ends = np.asarray([*stops] or [NO_TOKEN], np.int32)
     request = Request(
         max_new_tokens=np.full((batch,), loop.capacity, np.int32),
-        stops=np.broadcast_to(np.asarray([*stops] or [NO_TOKEN], np.int32), (batch, len(stops) or 1)),
+        stops=np.tile(ends[None], (batch, 1)),
         keys=jax.random.split(jax.random.key(0), batch),
     )
     lengths = np.asarray([len(row) for row in prompts.tokens], np.int32)
@@ -70,7 +70,7 @@ def measure(
     inputs = jax.device_put(inputs, sharding.rows(mesh, inputs))
     with jax.set_mesh(mesh):
         result = xla.jitted(decode)(loop, params, draft_params, *inputs)
-    result = host_copy((result.tokens, result.lengths, result.stats))
+    result = sharding.host_copy((result.tokens, result.lengths, result.stats))
     return _counts(*result, loops)
 
 
@@ -89,7 +89,7 @@ def fresh_rounds(tokens, emitted, loops: float) -> tuple[int, int]:
     """Tokens and rounds of the rounds that began before the answer began to loop."""
     emitted = np.asarray(emitted)
     begins = np.cumsum(emitted) - emitted
-    rounds = int(np.sum(begins < max(1, data.before_loop(tokens, loops))))
+    rounds = int(np.sum(begins < max(1, before_loop(tokens, loops))))
     return int(emitted[:rounds].sum()), rounds
 
 

@@ -33,7 +33,7 @@ class Log:
             if line["step"] <= start:
                 kept.append(text + "\n")
                 self.newest |= line
-        self._lines = kept
+        self.lines = kept
         self._began = time.monotonic() - self.newest.get("seconds", 0.0)
         self._board = _board(folder, start) if tensorboard and self._first else None
         if self._first:
@@ -47,9 +47,9 @@ class Log:
         self.last_line = json.dumps(line)
         if not self._first:
             return
-        self._lines.append(self.last_line + "\n")
+        self.lines.append(self.last_line + "\n")
         if _is_remote(self.path):
-            self.path.write_text("".join(self._lines))  # objects of a bucket cannot grow
+            self.path.write_text("".join(self.lines))  # objects of a bucket cannot grow
         else:
             with self.path.open("a") as file:
                 file.write(self.last_line + "\n")

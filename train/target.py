@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from ctc_spec_jax import losses, recipes
+from ctc_spec_jax import losses, recipes, sharding
+from ctc_spec_jax.checkpoint import save_params
+from ctc_spec_jax.cli import DTYPES
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM, output_logits
-from train import corpus
+from train import corpus, plan
 from train.config import TrainConfig
 
 
 class TargetObjective:
     """Next-token cross-entropy over windows of the corpus; exports an ordinary HF folder."""
 
-    frozen = None
+    frozen, initial = None, None
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
+    def __init__(self, config: TrainConfig, mesh: Mesh):
+        self.config, self.mesh, self.dtype = config, mesh, DTYPES[config.dtype]
         texts, heldout = corpus.corpus(
             config.data.sources, config.data.heldout, config.data.max_bytes
         )
@@ -33,57 +40,73 @@ class TargetObjective:
         self.windows = corpus.Windows(train, config.batch.length)
         self.heldout = corpus.Windows(held, config.batch.length)
         # Too little text fails here and not at the first evaluation.
-        self.batch(0)
+        self.windows.batch(config.run.seed, 0, config.batch.rows)
         self.heldout.batch(0, 0, config.batch.microbatch)
+        self.fingerprint = hashlib.sha256(train.tobytes()).hexdigest()[:16]
         self.record = {
             "train_bytes": sum(len(text.encode()) for text in texts),
             "train_tokens": len(train),
             "heldout_tokens": len(held),
         }
-        self.lm = DecoderLM(_shape(config))
+        self.lm = DecoderLM(_shape(config), config.batch.remat)
         self._heldout_loss = jax.jit(self._mean_loss)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of a step: three times those of the forward pass."""
+        batch = self.config.batch
+        return 3 * plan.forward_flops(self.lm.config, batch.rows, batch.length, head=True)
 
     def init(self, key):
         """Fresh parameters. ``key`` is consumed."""
         return self.lm.init(key)
 
-    def batch(self, step: int):
-        """int32 [B, T] windows of one step."""
-        return self.windows.batch(self.config.run.seed, step, self.config.batch.rows)
+    def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of every step from ``start`` on: windows int32 [r, T]."""
+        rows, each = self.config.batch.rows, self.config.batch.rows // jax.process_count()
+        mine = slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+        for step in itertools.count(start):
+            tokens = self.windows.batch(self.config.run.seed, step, rows)
+            yield {"tokens": tokens[mine], "row": np.arange(rows, dtype=np.int32)[mine]}
 
-    def loss(self, params, frozen, tokens, keys):
-        """Mean next-token loss in nats of one micro-batch, and its metrics."""
+    def loss(self, params, frozen, batch, keys):
+        """Mean next-token loss in nats of one micro-batch; see ``step.Objective``."""
         del frozen, keys
-        loss = self._mean_loss(params, tokens)
-        return loss, {"loss": loss}
+        params = jax.tree.map(lambda x: x.astype(self.dtype), params)
+        loss = self._mean_loss(params, batch["tokens"])
+        return loss, jnp.asarray(batch["tokens"].size), {}
 
     def evaluate(self, params) -> dict[str, float]:
         """Held-out loss in nats per token, and the perplexity."""
         rows = self.config.batch.microbatch
         steps = max(1, self.config.evaluation.rows // rows)
-        total = sum(
-            float(self._heldout_loss(params, self.heldout.batch(0, step, rows)))
-            for step in range(steps)
-        )
+        total = 0.0
+        for step in range(steps):
+            tokens = self.heldout.batch(0, step, rows)
+            tokens = jax.device_put(tokens, sharding.rows(self.mesh, tokens))
+            with jax.set_mesh(self.mesh):
+                total += float(self._heldout_loss(params, tokens))
         return {"heldout_loss": total / steps, "heldout_perplexity": math.exp(total / steps)}
 
     def export(self, params, folder: str, record: dict) -> None:
-        """Write config.json, model.safetensors, the tokenizer and ``training.json``."""
-        end = self.tokenizer.eos_token_id
-        convert.save_target(
-            folder,
-            self.lm,
-            params,
-            {
+        """Write config.json, model.safetensors, the tokenizer, ``training.json`` and ``params``.
+
+        ``params`` is an orbax item that any mesh can read; see ``checkpoint.load_params``.
+        """
+        whole = sharding.host_copy(params)
+        if jax.process_index() == 0:
+            end = self.tokenizer.eos_token_id
+            extra = {
                 "eos_token_id": end,
                 "pad_token_id": end,
                 "bos_token_id": None,
                 "max_position_embeddings": self.config.batch.length,
-            },
-        )
-        self.tokenizer.save_pretrained(folder)
-        text = json.dumps(record, indent=1) + "\n"
-        (pathlib.Path(folder) / "training.json").write_text(text)
+            }
+            convert.save_target(folder, self.lm, whole, extra)
+            self.tokenizer.save_pretrained(folder)
+            text = json.dumps(record, indent=1) + "\n"
+            (pathlib.Path(folder) / "training.json").write_text(text)
+        save_params(f"{folder}/params", params)
 
     def _mean_loss(self, params, tokens):
         lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)

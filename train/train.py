@@ -2,285 +2,213 @@
 
     python -m train.train --config configs/demo_target.yaml [section.field=value ...]
 
-Killed and started again with the same arguments it continues from its newest checkpoint; the
-batches and random numbers of a step depend on the seed and the step alone, so the loss curve is
-the one of an uninterrupted run.
+One command for one CPU, one GPU, eight GPUs and a pod slice (``--multihost`` there, on every host).
+Killed and started again with the same arguments it continues from its newest checkpoint, also on
+another mesh or number of hosts; the batches and random numbers of a step depend on the seed and
+the step alone, so the loss curve is the one of an uninterrupted run. On a preemption signal it
+saves and ends with status 143.
 
-The folder ``run.folder`` holds run.yaml (the resolved configuration), metrics.jsonl, checkpoints
-and, at the end, export with the weights and training.json.
+The folder ``run.folder`` holds run.yaml (the resolved configuration), metrics.jsonl, checkpoints,
+best.json and, at the end, export with the weights of the best checkpoint and training.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import json
-import os
-import pathlib
-import platform
-import shlex
-import sys
-import time
+import dataclasses
 
 import jax
-import jax.numpy as jnp
-import optax
-import yaml
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from etils import epath
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from ctc_spec_jax import sharding
 from ctc_spec_jax.cli import exit_on_bad_input, use_compilation_cache
 from ctc_spec_jax.errors import InputError
-from train.config import Optim, TrainConfig, load_config, to_dict
+from train import hosts, plan, runs
+from train.config import TrainConfig, load_config
+from train.log import Log, Rates
+from train.step import batch_sharding, init_state, make_step, optimizer
 
 
-def optimizer(config: Optim, steps: int) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine decay; only matrices decay."""
-    warmup = min(config.warmup, max(1, steps // 2))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.rate, warmup, max(steps, warmup + 1), config.rate * config.final
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(
-            schedule,
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        ),
-    )
-
-
-def make_step(objective, update: optax.GradientTransformation, rows: NamedSharding):
-    """The jitted training step: ``(state, frozen, batch, keys) -> (state, metrics)``.
-
-    ``batch`` leaves are [microbatches, rows, ...] and ``keys`` [microbatches, rows], both sharded
-    as ``rows`` says. Every device averages its gradients over its micro-batches, and they meet in
-    one sum per step. ``state`` is donated.
-    """
-
-    def accumulate(params, frozen, batch, keys):
-        def one(carry, inputs):
-            gradient = jax.value_and_grad(objective.loss, has_aux=True)
-            (_, metrics), grads = gradient(params, frozen, *inputs)
-            return jax.tree.map(jnp.add, carry, grads), metrics
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        grads, metrics = jax.lax.scan(one, zeros, (batch, keys))
-        grads = jax.tree.map(lambda g: g / keys.shape[0], grads)
-        metrics = jax.tree.map(jnp.mean, metrics)
-        return jax.lax.pmean((grads, metrics), "data")
-
-    accumulate = jax.shard_map(
-        accumulate,
-        mesh=rows.mesh,
-        in_specs=(P(), P(), rows.spec, rows.spec),
-        out_specs=P(),
-        check_vma=False,  # the mean over devices is explicit, so none must be added to gradients
-    )
-
-    def train_step(state, frozen, batch, keys):
-        grads, metrics = accumulate(state["params"], frozen, batch, keys)
-        updates, optimizer_state = update.update(grads, state["optimizer"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        metrics["gradient_norm"] = optax.tree.norm(grads)
-        return {"params": params, "optimizer": optimizer_state}, metrics
-
-    return jax.jit(train_step, donate_argnums=0)
-
-
-def train(config: TrainConfig, objective, quiet: bool = False) -> dict:
-    """Run the experiment to its end, resuming if its folder holds a checkpoint.
+class Run:
+    """One experiment on a mesh: its state, its step, and what it writes.
 
     Args:
       config: the experiment.
-      objective: of ``make_objective``; has ``init``, ``batch``, ``loss``, ``evaluate``, ``export``,
-        ``frozen`` (parameters that are not trained, or None) and ``record`` (data sizes).
-      quiet: no progress bar.
+      objective: of ``make_objective``: ``loss``, ``batches``, ``evaluate``, ``export``, ``init``,
+        ``initial`` (parameters to start from, or None), ``frozen`` (parameters that are not
+        trained, or None), ``flops`` of a step and ``record`` (data sizes).
+      mesh: of ``make_mesh``.
+    """
+
+    def __init__(self, config: TrainConfig, objective, mesh: Mesh):
+        self.config, self.objective, self.mesh = config, objective, mesh
+        self.update = optimizer(config.optim, config.run.steps)
+        self.step_function = make_step(objective, self.update, mesh, config.optim.average)
+        self.key, self._init_key = jax.random.split(jax.random.key(config.run.seed))
+
+    def state_shapes(self):
+        """Shapes, types and places of the training state."""
+
+        def fresh(key):
+            return init_state(self.objective.init(key), self.update, self.config.optim.average)
+
+        shapes = jax.eval_shape(fresh, self._init_key)
+        places = sharding.parameters(self.mesh, shapes)
+        return fresh, jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+        )
+
+    def fresh_state(self):
+        """The state before the first step, made where it belongs."""
+        fresh, shapes = self.state_shapes()
+        places = jax.tree.map(lambda x: x.sharding, shapes)
+        if self.objective.initial is not None:
+            fresh = lambda _: init_state(  # noqa: E731
+                self.objective.initial, self.update, self.config.optim.average
+            )
+        with jax.set_mesh(self.mesh):
+            return jax.jit(fresh, out_shardings=places)(self._init_key)
+
+    def place(self, local):
+        """This process's rows of a batch as global arrays [M, R, ...]."""
+        count = self.config.batch.rows // self.config.batch.microbatch
+        place = batch_sharding(self.mesh)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(
+                place, x.reshape(count, -1, *x.shape[1:])
+            ),
+            local,
+        )
+
+    def step(self, state, batch):
+        """One step; ``state`` is donated."""
+        with jax.set_mesh(self.mesh):
+            return self.step_function(state, self.objective.frozen, batch, self.key)
+
+    def weights(self, state):
+        """What is evaluated and exported: the parameters, or their moving average."""
+        return state["average"] if "average" in state else state["params"]
+
+
+def train(config: TrainConfig, objective, mesh: Mesh, quiet: bool = False) -> dict:
+    """Run the experiment to its end, resuming if its folder holds a checkpoint.
 
     Returns:
       The record that is written beside the exported weights. ``metrics.seconds`` counts all
       resumes of the run, with their compilation and evaluation.
 
     Raises:
-      InputError: a folder that cannot be written or belongs to another experiment, or micro-batches
-        that the devices cannot share.
+      InputError: a folder that cannot be written or belongs to another experiment.
     """
-    rows, everywhere = shardings(config.batch.microbatch)
-    folder = pathlib.Path(config.run.folder)
-    checkpoints, start = _open(folder, config)
-    update = optimizer(config.optim, config.run.steps)
-    init_key, step_key = jax.random.split(jax.random.key(config.run.seed))
-    params = objective.init(init_key)
-    state = jax.device_put({"params": params, "optimizer": update.init(params)}, everywhere)
-    frozen = jax.device_put(objective.frozen, everywhere)
-    del params, init_key
-
-    if start:
-        state = checkpoints.restore(start, state)
-        print(f"resumed from step {start} in {folder}", flush=True)
-    log = Log(folder / "metrics.jsonl", start)
-    microbatches = config.batch.rows // config.batch.microbatch
-    step_function = make_step(objective, update, rows)
-
+    folder = epath.Path(config.run.folder)
+    checkpoints, start = runs.open_run(folder, config, objective.fingerprint)
     # Leaving waits for the checkpoint in flight, also after an exception.
-    with (
-        contextlib.closing(checkpoints),
-        tqdm(
-            range(start, config.run.steps),
-            initial=start,
-            total=config.run.steps,
-            disable=quiet,
-        ) as bar,
-    ):
-        for step in bar:
-            # One key per row: neither micro-batches nor devices change what a row draws.
-            keys = jax.random.split(jax.random.fold_in(step_key, step), config.batch.rows)
-            inputs = jax.tree.map(
-                lambda x: x.reshape(microbatches, -1, *x.shape[1:]), (objective.batch(step), keys)
-            )
-            state, metrics = step_function(state, frozen, *jax.device_put(inputs, rows))
-            done = step + 1
-            last = done == config.run.steps
-            if last or done % config.run.log_every == 0:
-                log.write(done, metrics)
-                shown = {name: f"{float(value):.3f}" for name, value in metrics.items()}
-                bar.set_postfix(shown, refresh=False)
-            if last or done % config.run.eval_every == 0:
-                log.write(done, objective.evaluate(state["params"]))
-                if not quiet:
-                    tqdm.write(log.last_line)
-            if last or done % config.run.checkpoint_every == 0:
-                checkpoints.save(done, state)
-    record = _record(config, objective, log)
-    objective.export(state["params"], str(folder / "export"), record)
+    with contextlib.closing(checkpoints), hosts.preemption(checkpoints) as preempted:
+        run = Run(config, objective, mesh)
+        if start:
+            state, _ = checkpoints.restore(start, run.state_shapes()[1])
+            tqdm.write(f"resumed from step {start} in {folder}")
+        else:
+            state = run.fresh_state()
+        log = Log(folder, start, config.run.tensorboard)
+        with contextlib.closing(log):
+            state = _steps(run, state, start, checkpoints, log, preempted, quiet)
+        checkpoints.wait()
+        best = checkpoints.best()
+        if best is not None and best != checkpoints.latest():
+            state, _ = checkpoints.restore(best, run.state_shapes()[1])
+        record = runs.record(config, objective, log, best)
+        objective.export(run.weights(state), str(folder / "export"), record)
     return record
 
 
-def _record(config: TrainConfig, objective, log: Log) -> dict:
-    """How a result was made: what ``training.json`` says."""
-    device = jax.devices()[0].device_kind
-    return {
-        "config": to_dict(config),
-        "command": "python -m train.train " + shlex.join(sys.argv[1:]),
-        "data": objective.record,
-        "metrics": log.newest,
-        "hardware": f"{jax.device_count()} x {device} ({platform.machine()}, "
-        f"{os.cpu_count()} cores)",
-        "versions": versions(),
-    }
+def _steps(run: Run, state, start: int, checkpoints, log: Log, preempted, quiet):
+    options, objective = run.config.run, run.objective
+    batches = objective.batches(start)
+    rates = Rates(run.config.batch.rows * run.config.batch.length, objective.flops)
+    stopping = runs.EarlyStop(options.patience, log)
+    bar = tqdm(
+        range(start, options.steps),
+        initial=start,
+        total=options.steps,
+        disable=quiet or jax.process_index() > 0,
+    )
+    for step in bar:
+        state, metrics = run.step(state, run.place(next(batches)))
+        rates.step()
+        done = step + 1
+        taken_away = preempted(done)
+        last = done == options.steps or taken_away
+        if last or done % options.log_every == 0 or done == start + 1:
+            jax.block_until_ready(metrics)
+            # The first step of a process compiles: its time is no rate.
+            speed = rates.read() if done > start + 1 else rates.restart() or {}
+            log.write(done, metrics | speed)
+            bar.set_postfix(runs.shown(log.newest), refresh=False)
+        scores = {}
+        if (last and not taken_away) or done % options.eval_every == 0:
+            scores = objective.evaluate(run.weights(state))
+            log.write(done, scores)
+            last = stopping(scores) or last
+            if not quiet and jax.process_index() == 0:
+                tqdm.write(log.last_line)
+        if last or scores or done % options.checkpoint_every == 0:
+            notes = {"data": {"next_step": done}, "fingerprint": objective.fingerprint}
+            checkpoints.save(done, state, notes, scores)
+            if runs.SCORE in scores:
+                runs.point_to_best(epath.Path(options.folder), log)
+            rates.restart()
+        if taken_away:
+            checkpoints.wait()
+            raise hosts.Preempted(done)
+        if last:
+            break
+    bar.close()
+    return state
 
 
-class Log:
-    """``metrics.jsonl``: one line per log or evaluation; lines past a resumed step are dropped.
-
-    ``newest`` holds the last value of every metric, ``seconds`` the time of the run so far.
-    """
-
-    def __init__(self, path: pathlib.Path, start: int):
-        self.path, self.newest, self.last_line = path, {}, ""
-        kept = []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                break  # a kill cut it off
-            if line["step"] <= start:
-                kept.append(text + "\n")
-                self.newest |= line
-        part = path.with_name(f".{path.name}.part")
-        part.write_text("".join(kept))
-        part.replace(path)
-        self._began = time.monotonic() - self.newest.get("seconds", 0.0)
-
-    def write(self, step: int, metrics) -> None:
-        """Append a line; waits for the device."""
-        line = {"step": step} | {name: float(value) for name, value in metrics.items()}
-        line["seconds"] = round(time.monotonic() - self._began, 1)
-        self.newest |= line
-        self.last_line = json.dumps(line)
-        with self.path.open("a") as file:
-            file.write(self.last_line + "\n")
+def dry_run(config: TrainConfig, objective, mesh: Mesh) -> str:
+    """What a run would do, without a step of it: see ``plan.describe``."""
+    run = Run(config, objective, mesh)
+    _, shapes = run.state_shapes()
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        run.place(next(objective.batches(0))),
+    )
+    with jax.set_mesh(mesh):
+        lowered = run.step_function.lower(shapes, objective.frozen, batch, run.key)
+        compiled = lowered.compile()
+    return plan.describe(config, objective, shapes, objective.frozen, mesh, compiled)
 
 
-def shardings(microbatch: int) -> tuple[NamedSharding, NamedSharding]:
-    """Placement of a batch, its rows split over the devices, and of parameters, on each of them.
-
-    Raises:
-      InputError: the devices cannot share ``microbatch`` rows evenly.
-    """
-    devices = jax.device_count()
-    if microbatch % devices:
-        raise InputError(
-            f"batch.microbatch: expected a multiple of the number of devices ({devices}), "
-            f"found {microbatch}"
-        )
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, P(None, "data")), NamedSharding(mesh, P())
-
-
-def _open(folder: pathlib.Path, config: TrainConfig):
-    """The checkpoints of a run and its newest step, or 0; writes ``run.yaml``."""
-    # Imported here because it takes as long as everything else that --help waits for.
-    from ctc_spec_jax.checkpoint import Checkpoints
-
-    path = folder / "run.yaml"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(folder / "checkpoints", config.run.keep)
-        start = checkpoints.latest() or 0
-        if start:
-            _check_same_run(path, config)
-        path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    except OSError as error:
-        raise InputError(
-            f"run.folder: expected a writable folder, found {folder} ({error.strerror})"
-        ) from error
-    return checkpoints, start
-
-
-def _check_same_run(path: pathlib.Path, config: TrainConfig) -> None:
-    """Refuse to continue a run whose curve would be another one from its start."""
-    # Read with the defaults of today, so that a run survives a new key.
-    before, now = (_meaning(c) for c in (load_config(str(path)), config))
-    for name, value in now.items():
-        if before[name] != value:
-            raise InputError(
-                f"run.folder: expected {name} {before[name]!r} as in {path}, which has "
-                f"checkpoints, found {value!r}; choose another folder"
-            )
-
-
-def _meaning(config: TrainConfig) -> dict:
-    """Every field that decides what a run computes, by its dotted name."""
-    tree = to_dict(config)
-    tree["run"] = {"seed": config.run.seed}
-    del tree["evaluation"]
-    sections = {name: part for name, part in tree.items() if isinstance(part, dict)}
-    fields = {f"{s}.{name}": value for s, part in sections.items() for name, value in part.items()}
-    return fields | {name: tree[name] for name in tree.keys() - sections.keys()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in names
-    }
-
-
-def make_objective(config: TrainConfig):
+def make_objective(config: TrainConfig, mesh: Mesh):
     """The objective that ``config.objective`` names."""
     if config.objective == "target":
         from train.target import TargetObjective
 
-        return TargetObjective(config)
+        return TargetObjective(config, mesh)
     from train.drafter import DrafterObjective
 
-    return DrafterObjective(config)
+    return DrafterObjective(config, mesh)
+
+
+def make_mesh(config: TrainConfig) -> Mesh:
+    """The mesh of a configuration, which has to share its micro-batches evenly.
+
+    Raises:
+      InputError: it cannot, or the devices do not make such a mesh.
+    """
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch.microbatch % parts:
+        raise InputError(
+            f"batch.microbatch: expected a multiple of mesh.data x mesh.fsdp ({parts}), "
+            f"found {config.batch.microbatch}"
+        )
+    return mesh
 
 
 @exit_on_bad_input
@@ -288,12 +216,25 @@ def main() -> None:
     """Entry point of ``python -m train.train``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", required=True, help="experiment file of configs/")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
+    parser.add_argument(
+        "--multihost", action="store_true", help="one process of several; the same on every host"
+    )
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
-    shardings(config.batch.microbatch)  # fails before the text is read
+    if arguments.multihost:
+        hosts.join()
+    mesh = make_mesh(config)  # fails before the text is read
+    if not arguments.dry_run:
+        runs.check_writable(epath.Path(config.run.folder))
     use_compilation_cache()
-    train(config, make_objective(config))
+    objective = make_objective(config, mesh)
+    if arguments.dry_run:
+        print(dry_run(config, objective, mesh))
+        return
+    with hosts.peers(config.run.folder):
+        train(config, objective, mesh)
 
 
 if __name__ == "__main__":
