@@ -113,6 +113,8 @@ class Checkpoints:
         """Turn a failed write into one sentence that says what is still good."""
         try:
             yield
+        except jax.errors.JaxRuntimeError:
+            raise  # of the computation that made the arrays, not of the disk
         except Exception as error:  # the storage layers below raise types of their own
             latest = self.latest()
             good = "none is complete yet" if latest is None else f"step {latest} is complete"

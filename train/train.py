@@ -106,7 +106,11 @@ def train(config: TrainConfig, objective, mesh: Mesh, quiet: bool = False) -> di
     folder = epath.Path(config.run.folder)
     checkpoints, start = runs.open_run(folder, config, objective.fingerprint)
     # Leaving waits for the checkpoint in flight, also after an exception.
-    with contextlib.closing(checkpoints), hosts.preemption(checkpoints) as preempted:
+    with (
+        contextlib.closing(checkpoints),
+        hosts.preemption(checkpoints) as preempted,
+        hosts.peers(config.run.folder),
+    ):
         run = Run(config, objective, mesh)
         if start:
             state, _ = checkpoints.restore(start, run.state_shapes()[1])
@@ -233,8 +237,7 @@ def main() -> None:
     if arguments.dry_run:
         print(dry_run(config, objective, mesh))
         return
-    with hosts.peers(config.run.folder):
-        train(config, objective, mesh)
+    train(config, objective, mesh)
 
 
 if __name__ == "__main__":
