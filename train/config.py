@@ -80,8 +80,14 @@ class Data:
     are read, at most ``max_bytes`` of them unless 0, each file held out with probability
     ``heldout`` by a hash of its relative path. A target trains its own tokenizer of ``vocab_size``
     tokens, or takes the one in the folder ``tokenizer``.
-    ``answers`` are files of ``train.regenerate``, for the drafter; each answer is cut where its
-    share of repeated 8-token groups passes ``max_loop``.
+
+    ``files`` (patterns of JSONL, plain or .gz, or .txt; see ``train.data``) are what a drafter
+    learns from, each document held out with probability ``heldout`` by a hash of its id or content.
+    ``template`` is a Jinja file in place of the tokenizer's chat template; ``train_on`` is
+    ``assistant`` (labels in answers only) or ``all``; ``pack`` puts several documents in a row.
+    Answers that come as token ids are cut where their share of repeated 8-token groups passes
+    ``max_loop``. ``cache`` is a folder for tokenised documents, by default under the user's cache.
+    ``answers`` are files of ``train.regenerate`` in its older form.
     """
 
     sources: tuple[str, ...] = ("stdlib",)
@@ -89,6 +95,11 @@ class Data:
     heldout: float = 0.02
     tokenizer: str = ""
     vocab_size: int = 4096
+    files: tuple[str, ...] = ()
+    template: str = ""
+    train_on: str = "assistant"
+    pack: bool = True
+    cache: str = ""
     answers: tuple[str, ...] = ()
     max_loop: float = 0.4
 
@@ -135,11 +146,17 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Held-out measurement: ``rows`` sequences for the loss, ``prompts`` for the real decoder."""
+    """Held-out measurement: ``rows`` sequences for the loss, ``prompts`` for the real decoder.
+
+    The prompts, of at most ``prompt_length`` tokens, are those of ``files`` (as for
+    ``train.regenerate``; their ``category`` is reported apart) or else the beginnings of held-out
+    documents.
+    """
 
     rows: int = 64
     prompts: int = 16
     prompt_length: int = 96
+    files: tuple[str, ...] = ()
     new_tokens: int = 128
 
 
@@ -191,6 +208,12 @@ class TrainConfig:
                 "data.vocab_size: expected at least 257 (256 bytes and the end of text), "
                 f"found {self.data.vocab_size}"
             )
+        if self.data.train_on not in ("assistant", "all"):
+            raise InputError(
+                f"data.train_on: expected 'assistant' or 'all', found {self.data.train_on!r}"
+            )
+        if not 0 <= self.data.heldout < 1:
+            raise InputError(f"data.heldout: expected 0 <= share < 1, found {self.data.heldout}")
         if self.drafter.preset not in ("", "published"):
             raise InputError(
                 f"drafter.preset: expected 'published' or '', found {self.drafter.preset!r}"
