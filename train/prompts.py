@@ -38,13 +38,14 @@ class Prompt:
     """What is to be answered: a text or token ids, or the turns of a chat.
 
     ``turns[i]`` are the messages that come before answer i, the last of them the user's. ``place``
-    says where the prompt was found, for messages.
+    says where the prompt was found, for messages; ``category`` what kind of text it asks for.
     """
 
     id: str
     content: str | tuple[int, ...] = ""
     turns: tuple[tuple[Message, ...], ...] = ()
     place: str = dataclasses.field(default="", compare=False)
+    category: str = dataclasses.field(default="", compare=False)
 
 
 def read_prompts(paths: Sequence[str], first_turn: bool = False) -> tuple[list[Prompt], list[str]]:
@@ -117,11 +118,13 @@ def parse_prompt(line: bytes, first_turn: bool = False, place: str = "") -> Prom
     if isinstance(name, bool) or not isinstance(name, str | int | None) or name == "":
         raise InputError(f"expected an id that is a text or a whole number, found {name!r}")
     name = "" if name is None else str(name)
-    messages = _messages(row)
+    messages, category = _messages(row), row.get("category")
+    category = category if isinstance(category, str) else ""
     if messages is None:
-        return Prompt(name, _text("prompt", row.get("prompt")), place=place)
+        return Prompt(name, _text("prompt", row.get("prompt")), place=place, category=category)
     turns = _turns(messages)
-    return Prompt(name, turns=turns[:1] if first_turn else turns, place=place)
+    turns = turns[:1] if first_turn else turns
+    return Prompt(name, turns=turns, place=place, category=category)
 
 
 def _messages(row: dict[str, Any]) -> list[Message] | None:
