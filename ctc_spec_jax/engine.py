@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ctc_spec_jax import decode as loop_of
-from ctc_spec_jax import demo, memory, options, recipes, stops, streaming, xla
+from ctc_spec_jax import demo, memory, options, recipes, sharding, stops, streaming, xla
 from ctc_spec_jax.decode import Loop, NoDraft
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.generation import Generation, generation_of
@@ -34,7 +35,9 @@ class Engine:
     ``drafter`` is ``NoDraft()`` for plain decoding; ``with_drafter`` and ``plain`` make siblings
     that share the parameters. ``verifier`` is the rule that keeps or refuses drafts; the default
     is exact for every drafter whose trees are fixed before the target speaks. ``stop_ids`` end a
-    row: those of ``generation_config.json``, or the tokenizer's end-of-text token.
+    row: those of ``generation_config.json``, or the tokenizer's end-of-text token. On a ``mesh``
+    of ``sharding.make_mesh`` the rows of a batch are spread over ``data`` and ``fsdp`` where they
+    divide, and the parameters must lie there already.
     """
 
     lm: DecoderLM
@@ -44,6 +47,7 @@ class Engine:
     draft_params: Params = ()
     verifier: Verifier = dataclasses.field(default_factory=TargetSample)
     stop_ids: tuple[int, ...] = ()
+    mesh: Mesh | None = None
 
     @classmethod
     def from_pretrained(
@@ -53,20 +57,22 @@ class Engine:
         tree_nodes: int = demo.TREE_NODES,
         dtype=jnp.float32,
         revision: str | None = None,
+        mesh: Mesh | None = None,
     ) -> Engine:
         """Load a target (Hugging Face folder or hub id) and a drafter folder.
 
         Without arguments the embedded demo pair is loaded; a target without a drafter decodes
-        plainly.
+        plainly. On a ``mesh`` every tensor goes from the file to its places, so that neither the
+        host nor a device ever holds the whole model.
 
         Raises:
           InputError: missing, broken or mismatched files.
         """
         if target is None:
             target, drafter = str(demo.target_folder()), drafter or str(demo.drafter_folder())
-        lm, params, tokenizer = recipes.load_target(target, dtype, revision)
+        lm, params, tokenizer = recipes.load_target(target, dtype, revision, mesh)
         ends = recipes.stop_ids(target, tokenizer, revision)
-        engine = cls(lm, params, tokenizer, stop_ids=ends)
+        engine = cls(lm, params, tokenizer, stop_ids=ends, mesh=mesh)
         return engine if drafter is None else engine.with_drafter(drafter, tree_nodes, dtype)
 
     def with_drafter(
@@ -74,7 +80,7 @@ class Engine:
     ) -> Engine:
         """The same target with a drafter of a folder; see ``recipes.load_drafter`` for ``tree``."""
         drafter, params = recipes.load_drafter(
-            folder, self.lm, self.tokenizer, tree_nodes, dtype, tree
+            folder, self.lm, self.tokenizer, tree_nodes, dtype, tree, self.mesh
         )
         return dataclasses.replace(self, drafter=drafter, draft_params=params)
 
@@ -103,11 +109,23 @@ class Engine:
             batch = prompt_tokens.shape[0]
             rows = options.per_row(batch, {"max_new_tokens": max_new_tokens, **fields})
             request = self.request(rows, loop_of.row_keys(key, batch))
-            return xla.jitted(loop_of.decode)(
-                loop, params, draft_params, prompt_tokens, prompt_lengths, request
-            )
+            own = dataclasses.replace(self, params=params, draft_params=draft_params)
+            return own.run(loop_of.decode, loop, prompt_tokens, prompt_lengths, request)
 
         return function
+
+    def run(self, function: Callable, loop: Loop, *arguments: Any, donated: bool = False) -> Any:
+        """A function of ``decode`` on this engine's parameters, jitted once, on its mesh.
+
+        ``arguments`` follow the parameters; the first of them is a state where it is ``donated``.
+        """
+        compiled = xla.jitted(function, *((3,) if donated else ()))
+        if self.mesh is None:
+            return compiled(loop, self.params, self.draft_params, *arguments)
+        places = tuple(sharding.inputs(self.mesh, argument) for argument in arguments)
+        with jax.set_mesh(self.mesh):
+            arguments = jax.device_put(arguments, places)
+            return compiled(loop, self.params, self.draft_params, *arguments)
 
     def generate(
         self,
@@ -140,10 +158,7 @@ class Engine:
         request = self.request(rows, seed_keys(seed, len(rows)))
         self._check_memory(loop, tokens, lengths, request)
         began = time.perf_counter()
-        result = xla.jitted(loop_of.decode)(
-            loop, self.params, self.draft_params, tokens, lengths, request
-        )
-        result = jax.device_get(result)
+        result = jax.device_get(self.run(loop_of.decode, loop, tokens, lengths, request))
         seconds = time.perf_counter() - began
         return [
             generation_of(result, index, self.decode_text, row.stop_strings or (), seconds)
@@ -176,10 +191,7 @@ class Engine:
         self._check_memory(loop, tokens, lengths, request)
         # A row without a budget is finished before its first round.
         request = dataclasses.replace(request, max_new_tokens=np.zeros((batch,), np.int32))
-        function = xla.jitted(loop_of.decode)
-        jax.block_until_ready(
-            function(loop, self.params, self.draft_params, tokens, lengths, request)
-        )
+        jax.block_until_ready(self.run(loop_of.decode, loop, tokens, lengths, request))
 
     def stream(
         self,
@@ -202,9 +214,7 @@ class Engine:
         loop = self.loop(xla.bucket(max_new_tokens))
         request = self.request(rows, seed_keys(seed, 1))
         self._check_memory(loop, tokens, lengths, request)
-        state = xla.jitted(loop_of.start)(
-            loop, self.params, self.draft_params, tokens, lengths, request
-        )
+        state = self.run(loop_of.start, loop, tokens, lengths, request)
         return streaming.pieces(self, loop, state, request, rounds)
 
     def encode(
@@ -216,7 +226,9 @@ class Engine:
           InputError: no prompt, or one without a token, with a token that the target does not
             have, or that leaves no room for ``max_new_tokens`` among the target's positions.
         """
-        if not prompts:
+        if isinstance(prompts, str):
+            raise InputError("prompts: expected a list of prompts, found one text")
+        if not len(prompts):
             raise InputError("prompts: expected at least one, found none")
         budgets = np.broadcast_to(np.asarray(max_new_tokens), (len(prompts),)).tolist()
         if min(budgets) < 1:
@@ -237,7 +249,12 @@ class Engine:
 
     def decode_text(self, tokens) -> str:
         """Text of token ids, special tokens left out."""
-        return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
+        # Stop strings and streams need a text that grows with its tokens: no clean-up of spaces.
+        return self.tokenizer.decode(
+            np.asarray(tokens).tolist(),
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
 
     def phrase_ids(self, words: Sequence[str]) -> list[list[int]]:
         """Token ids of words as they stand at the start of a text and after a space."""
@@ -264,7 +281,8 @@ class Engine:
         )
 
     def _check_memory(self, loop: Loop, tokens, lengths, request: Request) -> None:
-        needed = memory.decode_bytes(loop, self.params, self.draft_params, tokens, lengths, request)
+        params = (self.params, self.draft_params)
+        needed = memory.decode_bytes(loop, *params, tokens, lengths, request, self.mesh)
         slots = loop.num_slots(tokens.shape[1])
         memory.check(needed, len(tokens), f"caches of {slots} slots each")
 
@@ -287,6 +305,9 @@ class Engine:
 
 def seed_keys(seed: int | Sequence[int], batch: int):
     """Typed keys [B]: the rows of one seed, or row 0 of every row's own seed."""
+    for one in [seed] if np.ndim(seed) == 0 else seed:
+        if not isinstance(one, int | np.integer) or not -(2**63) <= one < 2**63:
+            raise InputError(f"seed: expected whole numbers of 64 bits, found {one!r}")
     if isinstance(seed, int | np.integer):
         return loop_of.row_keys(jax.random.key(int(seed)), batch)
     if len(seed) != batch:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
+from ctc_spec_jax import sharding
 from ctc_spec_jax.decode import Loop, start
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.types import Request
 
 
-def tree_bytes(tree) -> int:
-    """Bytes of the arrays, or of the shapes, of a pytree."""
-    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
+def tree_bytes(tree, shardings=None) -> int:
+    """Bytes of the arrays, or of the shapes, of a pytree; of one device's part with shardings."""
+    leaves = jax.tree.leaves(tree)
+    shapes = [leaf.shape for leaf in leaves]
+    if shardings is not None:
+        places = jax.tree.leaves(shardings)
+        shapes = [place.shard_shape(x) for place, x in zip(places, shapes, strict=True)]
+    return sum(math.prod(x) * _width(leaf) for leaf, x in zip(leaves, shapes, strict=True))
 
 
-def _bytes(leaf) -> int:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return int(np.prod(leaf.shape)) * 8
-    return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+def _width(leaf) -> int:
+    return 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
 
 
 def available_bytes() -> int | None:
@@ -63,18 +68,33 @@ def check(needed: int, batch: int, what: str) -> None:
 _needed: dict[Any, int] = {}
 
 
-def decode_bytes(loop: Loop, params, draft_params, tokens, lengths, request: Request) -> int:
-    """Bytes of a decode beside the parameters: its state, and the largest intermediate arrays."""
+def decode_bytes(
+    loop: Loop, params, draft_params, tokens, lengths, request: Request, mesh: Mesh | None = None
+) -> int:
+    """Bytes of a decode beside the parameters: its state, and the largest intermediate arrays.
+
+    On a mesh, those of one device.
+    """
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves((tokens, request)))
-    place = (loop, shapes, jax.tree.structure(request))
+    place = (loop, shapes, jax.tree.structure(request), mesh)
     if place not in _needed:
         state = jax.eval_shape(
             lambda *a: start(loop, *a), params, draft_params, tokens, lengths, request
         )
         batch, width = tokens.shape
         config: DecoderConfig = vars(loop.target)["config"]
-        scores = batch * config.num_heads * width * width
+        scores = (batch, config.num_heads, width, width)
+        laws = (batch, loop.drafter.num_nodes, config.vocab_size)
+        places = None
+        if mesh is not None:
+            places = sharding.inputs(mesh, state)
+            scores = _part(mesh, sharding.CACHE, scores)
+            laws = _part(mesh, ("batch", None, "vocab"), laws)
         # Logits, what processing makes of them, and their exponentials.
-        laws = 3 * batch * loop.drafter.num_nodes * config.vocab_size
-        _needed[place] = tree_bytes(state) + 4 * max(scores, laws)
+        largest = 4 * max(math.prod(scores), 3 * math.prod(laws))
+        _needed[place] = tree_bytes(state, places) + largest
     return _needed[place]
+
+
+def _part(mesh: Mesh, axes: sharding.Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return NamedSharding(mesh, sharding.spec(mesh, axes, shape)).shard_shape(shape)

@@ -19,8 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
+from ctc_spec_jax import sharding
 from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
@@ -33,10 +35,16 @@ DRAFTERS: dict[str, Any] = {"ctc": (CTCConfig, CTCDrafter)}
 """``model_type`` of a drafter's config.json -> (network configuration, drafter)."""
 
 
-def load_target(path_or_id: str, dtype=jnp.float32, revision: str | None = None):
-    """Target, parameters and tokenizer of a Hugging Face folder or hub id."""
+def load_target(
+    path_or_id: str, dtype=jnp.float32, revision: str | None = None, mesh: Mesh | None = None
+):
+    """Target, parameters and tokenizer of a Hugging Face folder or hub id.
+
+    On a mesh every parameter lies as ``sharding.parameters`` says.
+    """
     folder = convert.target_folder(path_or_id, revision)
-    lm, params = convert.load_target(str(folder), dtype)
+    put = None if mesh is None else lambda path, x: _place(path[-1], x, mesh)
+    lm, params = convert.load_target(str(folder), dtype, put=put)
     tokenizer = load_tokenizer(folder)
     positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     if isinstance(positions, int):
@@ -137,7 +145,13 @@ def _version(package: str) -> str:
 
 
 def load_drafter(
-    folder, lm: DecoderLM, tokenizer=None, nodes: int = 16, dtype=jnp.float32, tree: str = "prefix"
+    folder,
+    lm: DecoderLM,
+    tokenizer=None,
+    nodes: int = 16,
+    dtype=jnp.float32,
+    tree: str = "prefix",
+    mesh: Mesh | None = None,
 ):
     """Drafter and parameters of a drafter folder, checked against the target.
 
@@ -148,6 +162,7 @@ def load_drafter(
       nodes: tree nodes N, root included.
       dtype: of the parameters.
       tree: ``prefix`` (the most probable prefixes) or ``transform`` (the published template).
+      mesh: where the parameters lie; None for the default device.
 
     Raises:
       InputError: missing or broken files, or a drafter made for another target.
@@ -166,7 +181,7 @@ def load_drafter(
         else TransformTree(default_template(nodes, network.frames))
     )
     drafter = drafter_class(network, builder)
-    return drafter, _read_params(folder, drafter, dtype)
+    return drafter, _read_params(folder, drafter, dtype, mesh)
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -224,7 +239,7 @@ def _check_pair(network, description: dict[str, Any], lm: DecoderLM, tokenizer) 
         )
 
 
-def _read_params(folder: pathlib.Path, drafter, dtype) -> Params:
+def _read_params(folder: pathlib.Path, drafter, dtype, mesh: Mesh | None) -> Params:
     path = folder / "model.safetensors"
     try:
         found = load_file(path)
@@ -238,4 +253,37 @@ def _read_params(folder: pathlib.Path, drafter, dtype) -> Params:
             raise InputError(
                 f"drafter tensor {name!r}: expected shape {shape.shape}, found {found[name].shape}"
             )
-    return {name: jnp.asarray(found[name], dtype) for name in shapes}
+    if mesh is None:
+        return {name: jnp.asarray(found[name], dtype) for name in shapes}
+    return {name: _place(name, found[name].astype(dtype), mesh) for name in shapes}
+
+
+def _place(name: str, leaf: np.ndarray, mesh: Mesh):
+    return jax.device_put(leaf, sharding.parameter(mesh, name, leaf.shape))
+
+
+def abstract_target(path: str, dtype=jnp.float32, num_layers: int = 0) -> tuple[DecoderLM, Params]:
+    """Target and the shapes of its parameters, of a ``config.json`` without weights.
+
+    Args:
+      path: the file, such as those of ``configs/models``.
+      dtype: of the parameters.
+      num_layers: the first layers alone; 0 for all.
+
+    Raises:
+      InputError: the file is missing, is not a JSON object, or describes an unsupported model.
+    """
+    config = convert.read_config(path)
+    if num_layers < 0 or num_layers > config.num_layers:
+        raise InputError(f"layers: expected 0 to {config.num_layers}, found {num_layers}")
+    if num_layers:
+        windows = config.windows[:num_layers]
+        config = dataclasses.replace(config, num_layers=num_layers, windows=windows)
+    lm = DecoderLM(config)
+    return lm, abstract_params(lm.init, dtype)
+
+
+def abstract_params(init, dtype=jnp.float32) -> Params:
+    """Shapes of the parameters that ``init(key)`` would make, in ``dtype``."""
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)

@@ -7,7 +7,8 @@ next chunk, to which the state is donated.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -56,10 +57,9 @@ def chunks(
     """Pieces of the one row of ``state`` with the state after each; the next piece consumes it."""
     if rounds < 1:
         raise InputError(f"rounds: expected at least 1, found {rounds}")
-    advance = xla.jitted(loop_of.advance, 3)
     shown, text, finish = 0, "", RUNNING
     while finish == RUNNING:
-        state = advance(loop, engine.params, engine.draft_params, state, request, np.int32(rounds))
+        state = engine.run(loop_of.advance, loop, state, request, np.int32(rounds), donated=True)
         seen = (state.tokens, state.prompt_length, state.length, state.record.from_draft)
         tokens, first, length, drafted, finish, passes = jax.device_get(
             (*seen, state.finish[0], state.stats.rounds[0])
@@ -129,15 +129,21 @@ class Conversation:
         self._loop = engine.loop(max_new_tokens, slots=self._slots())
         self._state: DecodeState | None = None
         self._turns = 0
+        # Weak, so that an answer that is dropped ends at once.
+        self._answering: weakref.ref[Generator[Piece, None, None]] | None = None
 
     def send(self, text: str) -> Iterator[Piece]:
         """Pieces of the answer to a message of the user.
 
-        An answer that is not read to its end is kept up to the last piece that was read.
+        An answer that is not read to its end, or is still open at the next message, is kept up to
+        the last piece that was read; a message of whose answer nothing is read is forgotten.
 
         Raises:
           InputError: the conversation does not fit its context any more; nothing is added to it.
         """
+        still_open = self._answering and self._answering()
+        if still_open:
+            still_open.close()
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self.engine.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False
@@ -151,8 +157,9 @@ class Conversation:
         keys = loop_of.row_keys(jax.random.fold_in(self._key, self._turns), 1)
         self._turns += 1
         request = self.engine.request(self._rows, keys)
-        self.messages = messages
-        return self._answer(self._begin(tokens, request), request)
+        answer = self._answer(messages, tokens, request)
+        self._answering = weakref.ref(answer)
+        return answer
 
     def _slots(self) -> int:
         return self.context + self.engine.drafter.max_depth + 1
@@ -164,12 +171,10 @@ class Conversation:
         new[0, : len(tokens) - known] = tokens[known:]
         counts = np.asarray([len(tokens) - known], np.int32)
         if self._state is None or not known:
-            start = xla.jitted(loop_of.start)
-            return start(self._loop, engine.params, engine.draft_params, new, counts, request)
-        extend = xla.jitted(loop_of.extend, 3)
+            return engine.run(loop_of.start, self._loop, new, counts, request)
         keep = np.asarray([known], np.int32)
-        return extend(
-            self._loop, engine.params, engine.draft_params, self._state, keep, new, counts, request
+        return engine.run(
+            loop_of.extend, self._loop, self._state, keep, new, counts, request, donated=True
         )
 
     def _shared(self, tokens: Sequence[int]) -> int:
@@ -181,10 +186,14 @@ class Conversation:
         same = old == np.asarray(tokens[: len(old)])
         return len(old) if same.all() else int(np.argmin(same))
 
-    def _answer(self, state: DecodeState, request: Request) -> Iterator[Piece]:
+    def _answer(
+        self, messages: list[dict], tokens: Sequence[int], request: Request
+    ) -> Generator[Piece, None, None]:
         parts: list[str] = []
-        self._state = None  # a chunk consumes the state that it starts from
+        self.messages = messages
         try:
+            state = self._begin(tokens, request)
+            self._state = None  # a chunk consumes the state that it starts from
             for piece, after in chunks(self.engine, self._loop, state, request, self.rounds):
                 parts.append(piece.text)
                 self._state = after

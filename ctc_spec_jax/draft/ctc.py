@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from ctc_spec_jax.models import kv_cache, layers
 from ctc_spec_jax.models.config import DecoderConfig, RopeScaling
 from ctc_spec_jax.models.decoder import output_logits
+from ctc_spec_jax.sharding import HIDDEN, constrain, gather_width
 from ctc_spec_jax.types import Acceptance, DraftContext, DraftTree, Params, TargetOutput
 
 _INIT = nn.initializers.normal(0.02)
@@ -133,7 +134,7 @@ class CTCNetwork(nn.Module):
         """Context features [B, T, D] of taps, each [B, T, D]."""
         eps = self.config.norm_eps
         normed = [layers.rms_norm(t, self.tap_norms[i], eps) for i, t in enumerate(taps)]
-        projected = layers.linear(jnp.concatenate(normed, axis=-1), self.context)
+        projected = gather_width(layers.linear(jnp.concatenate(normed, axis=-1), self.context))
         return layers.rms_norm(projected, self.context_norm, eps)
 
     def context_kv(self, features, positions):
@@ -169,7 +170,10 @@ class CTCNetwork(nn.Module):
             ],
             axis=-1,
         )
-        x = layers.linear(known, self.start)[:, :, None] + self.frame_embedding[None, None]
+        x = (
+            gather_width(layers.linear(known, self.start))[:, :, None]
+            + self.frame_embedding[None, None]
+        )
         x = x.reshape(batch, num_anchors * c.frames, width)
         owner = jnp.repeat(jnp.arange(num_anchors, dtype=jnp.int32), c.frames)
         frame = jnp.tile(jnp.arange(c.frames, dtype=jnp.int32), num_anchors)
@@ -178,7 +182,7 @@ class CTCNetwork(nn.Module):
         block = jnp.broadcast_to((owner[:, None] == owner[None])[None], (batch, *2 * owner.shape))
         run = jax.checkpoint(self._layer) if self.remat else self._layer
         for layer, past in zip(self.layers, context, strict=True):
-            x = run(layer, x, angles, block, past, past_mask)
+            x = constrain(run(layer, x, angles, block, past, past_mask), HIDDEN)
         x = layers.rms_norm(x, self.norm, c.norm_eps)
         return x.reshape(batch, num_anchors, c.frames, width)
 
@@ -317,9 +321,7 @@ class CTCDrafter:
         place = context.length[:, None]
         slots = jnp.arange(kv_cache.num_slots(state["kv"]), dtype=jnp.int32)
         visible = slots[None, None] < place[..., None]
-        hidden = self._apply(
-            params, "draft", pending, state["newest"], state["kv"], place, visible
-        )
+        hidden = self._apply(params, "draft", pending, state["newest"], state["kv"], place, visible)
         log_probs = self._apply(params, "log_probs", hidden[:, 0], context.params)
         return DraftTree(*jax.vmap(self.tree)(log_probs, context.pending))
 

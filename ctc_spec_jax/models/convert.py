@@ -112,13 +112,13 @@ def load_target(
         return lm, jax.tree_util.tree_map_with_path(read, shapes)
 
 
-def read_config(folder: str | os.PathLike) -> DecoderConfig:
-    """Decoder configuration of ``folder/config.json``.
+def read_config(path: str | os.PathLike) -> DecoderConfig:
+    """Decoder configuration of a ``config.json``, or of the one in a folder.
 
     Raises:
       InputError: the file is missing, is not a JSON object, or describes an unsupported model.
     """
-    path = Path(folder) / "config.json"
+    path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         return config_from_hf(_read_json(path))
     except InputError:

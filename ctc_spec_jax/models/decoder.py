@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ctc_spec_jax.models import kv_cache, layers
 from ctc_spec_jax.models.config import DecoderConfig
+from ctc_spec_jax.sharding import HIDDEN, constrain
 from ctc_spec_jax.types import Params, TargetOutput
 
 _INIT = nn.initializers.normal(0.02)
@@ -99,7 +100,7 @@ class Decoder(nn.Module):
         embedding = self.param("embedding", _INIT, (c.vocab_size, c.width))
         if not c.tied_embeddings:
             self.param("head", _INIT, (c.width, c.vocab_size))
-        x = embedding[tokens]
+        x = constrain(embedding[tokens], HIDDEN)
         frequencies = layers.rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
         angles = layers.rope_angles(positions, frequencies)
         masks = {w: _masks(mask, positions, past, length, w) for w in {*c.windows} or {0}}
@@ -109,6 +110,7 @@ class Decoder(nn.Module):
             new_mask, past_mask = masks[c.window(i)]
             layer_past = None if past is None else past[i]
             x, new = layer(c, name=f"layer_{i}")(x, angles, new_mask, layer_past, past_mask)
+            x = constrain(x, HIDDEN)
             kv.append(new)
             tapped[i] = x
         hidden = layers.rms_norm(

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from ctc_spec_jax.sharding import CACHE, constrain, current_mesh, spec
 
 UNROLLED_ROWS = 8
 """Up to this batch size rows are written one by one."""
@@ -37,7 +40,9 @@ def fill(kv, num_slots: int):
         widths[axis] = (0, num_slots - rows.shape[axis])
         return jnp.pad(rows, widths)
 
-    return tuple((pad(k, _SLOTS[0]), pad(v, _SLOTS[1])) for k, v in kv)
+    return tuple(
+        (constrain(pad(k, _SLOTS[0]), CACHE), constrain(pad(v, _SLOTS[1]), CACHE)) for k, v in kv
+    )
 
 
 def commit(cache, kv, path, length):
@@ -52,7 +57,20 @@ def commit(cache, kv, path, length):
       path: int32 [B, M+1], node per depth.
       length: int32 [B].
     """
+    mesh = current_mesh()
+    if mesh is None:
+        return _commit(cache, kv, path, length)
+    # Every chip writes its own rows and heads: left to the partitioner, a write to one row of a
+    # batch that is spread over chips would move caches between them.
+    places = jax.tree.map(lambda x: spec(mesh, CACHE, x.shape), cache)
+    batch = spec(mesh, ("batch",), length.shape)
+    write = jax.shard_map(
+        _commit, in_specs=(places, places, P(*batch, None), batch), out_specs=places
+    )
+    return write(cache, kv, path, length)
 
+
+def _commit(cache, kv, path, length):
     def write(slots, rows, axis):
         index = jnp.expand_dims(path, tuple({1, 2, 3} - {axis}))
         rows = jnp.take_along_axis(rows, index, axis=axis).astype(slots.dtype)

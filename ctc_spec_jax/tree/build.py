@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ctc_spec_jax import categorical
+from ctc_spec_jax import categorical, sharding
 from ctc_spec_jax.types import NO_PARENT, ROOT
 
 PUBLISHED_COUNTS = (10, 28, 23, 2)
@@ -208,9 +208,28 @@ def top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     Raises:
         ValueError: if ``k`` is not in 1..n.
     """
-    rows, n = scores.shape
+    n = scores.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"k: expected 1 to {n}, got {k}")
+    parts = sharding.parts("vocab", n)
+    if parts > 1 and n // parts >= k:
+        return _top_k_of_parts(scores, k, parts)
+    return _top_k(scores, k)
+
+
+def _top_k_of_parts(scores: jax.Array, k: int, parts: int) -> tuple[jax.Array, jax.Array]:
+    """``top_k`` where every chip searches its own part of the vocabulary; only winners travel."""
+    rows, n = scores.shape
+    split = sharding.constrain(scores.reshape(rows, parts, n // parts), (None, "vocab", None))
+    values, index = jax.vmap(lambda part: _top_k(part, k), in_axes=1, out_axes=1)(split)
+    index = index + jnp.arange(parts, dtype=jnp.int32)[None, :, None] * (n // parts)
+    values, index = (sharding.constrain(x, (None, None, None)) for x in (values, index))
+    values, at = lax.top_k(values.reshape(rows, -1), k)
+    return values, jnp.take_along_axis(index.reshape(rows, -1), at, axis=1)
+
+
+def _top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    rows, n = scores.shape
     blocks = 2 ** round(math.log2(math.sqrt(n * k)))
     full = n // blocks
     if full < 8:
