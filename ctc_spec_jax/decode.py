@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ctc_spec_jax import accept
 from ctc_spec_jax import logits as processing
+from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.tree import topology
 from ctc_spec_jax.types import (
     CACHE_FULL,
@@ -245,7 +246,15 @@ def row_keys(key, batch: int):
     """Typed keys [B] of the rows of a batch: ``key`` folded with the row's number.
 
     A ``key`` of shape [B] is taken as it is.
+
+    Raises:
+      InputError: a key of the old kind, or another number of keys.
     """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,)):
+        raise InputError(
+            f"key: expected one of jax.random.key, or {batch} of them, found {key.dtype} of shape "
+            f"{key.shape}"
+        )
     if key.ndim:
         return key
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch, dtype=jnp.int32))

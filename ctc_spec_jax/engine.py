@@ -305,7 +305,7 @@ class Engine:
 
 def seed_keys(seed: int | Sequence[int], batch: int):
     """Typed keys [B]: the rows of one seed, or row 0 of every row's own seed."""
-    for one in [seed] if np.ndim(seed) == 0 else seed:
+    for one in seed if isinstance(seed, Sequence | np.ndarray) else [seed]:
         if not isinstance(one, int | np.integer) or not -(2**63) <= one < 2**63:
             raise InputError(f"seed: expected whole numbers of 64 bits, found {one!r}")
     if isinstance(seed, int | np.integer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,9 +52,17 @@ class Options:
             object.__setattr__(self, "top_k", 0)
         if isinstance(self.stop_strings, str):
             object.__setattr__(self, "stop_strings", (self.stop_strings,))
+        if not isinstance(self.ignore_eos or False, bool | np.bool_):
+            raise InputError(f"ignore_eos: expected True or False, found {self.ignore_eos!r}")
+        for name, expected in _LISTS.items():
+            value = getattr(self, name)
+            inner = value if name == "bad_words_ids" and _is_list(value) else ()
+            if value is not None and not all(map(_is_list, (value, *inner))):
+                raise InputError(f"{name}: expected {expected}, found {value!r}")
         for text in self.stop_strings or ():
             if not isinstance(text, str) or not text:
                 raise InputError(f"stop_strings: expected non-empty strings, found {text!r}")
+        _check_bias(self.logit_bias)
         for phrase, _ in self.phrases():
             if not phrase:
                 raise InputError(
@@ -70,16 +78,26 @@ class Options:
         return biased + [(tuple(ids), -math.inf) for ids in self.bad_words_ids or ()]
 
 
+_LARGEST = 1e9
+"""Beyond it, as beyond the limits of ``_is_scale``, a processed logit could leave float32: the law
+would be made of infinities, which have no softmax."""
+
+_LISTS = {
+    "bad_words_ids": "a list of lists of token ids",
+    "stop_token_ids": "a list of token ids",
+    "stop_strings": "a string or a list of strings",
+}
+
 _Check = tuple[type, Callable[[Any], bool], str]
 _NUMBERS: dict[str, _Check] = {
     "max_new_tokens": (int, lambda x: x >= 1, "at least 1"),
-    "temperature": (float, lambda x: x >= 0, "a number of at least 0 (0 is greedy)"),
+    "temperature": (float, lambda x: x == 0 or _is_scale(x), "0 (greedy) or 1e-6 to 1e6"),
     "top_k": (int, lambda x: x >= -1, "a whole number, 0 or -1 for off"),
     "top_p": (float, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
     "min_p": (float, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
-    "repetition_penalty": (float, lambda x: x > 0, "a number above 0"),
-    "presence_penalty": (float, lambda x: True, "a finite number"),
-    "frequency_penalty": (float, lambda x: True, "a finite number"),
+    "repetition_penalty": (float, lambda x: _is_scale(x), "a number from 1e-6 to 1e6"),
+    "presence_penalty": (float, lambda x: abs(x) <= _LARGEST, "a number from -1e9 to 1e9"),
+    "frequency_penalty": (float, lambda x: abs(x) <= _LARGEST, "a number from -1e9 to 1e9"),
     "min_new_tokens": (int, lambda x: x >= 0, "at least 0"),
     "draft_depth": (int, lambda x: x >= 0, "at least 0"),
 }
@@ -96,6 +114,24 @@ def _check_number(name: str, value: Any, kind: type, fits: Callable[[Any], bool]
 
 def _is_finite(value: Any) -> bool:
     return math.isfinite(value)
+
+
+def _is_scale(value: Any) -> bool:
+    return 1e-6 <= value <= 1e6
+
+
+def _is_list(value: Any) -> bool:
+    """Not a generator: the rows of a batch may share it."""
+    return isinstance(value, Collection) and not isinstance(value, str | Mapping)
+
+
+def _check_bias(bias: Any) -> None:
+    if bias is not None and not isinstance(bias, Mapping):
+        raise InputError(f"logit_bias: expected a mapping from tokens to numbers, found {bias!r}")
+    for value in (bias or {}).values():
+        # Minus infinity forbids a token; NaN is not at most anything.
+        if not isinstance(value, numbers.Real) or not value <= _LARGEST:
+            raise InputError(f"logit_bias: expected numbers of at most 1e9, found {value!r}")
 
 
 def per_row(batch: int, fields: Mapping[str, Any]) -> list[Options]:
@@ -119,14 +155,17 @@ _DEPTH = {"stop_token_ids": 1, "stop_strings": 1, "bad_words_ids": 2}
 
 
 def _column(name: str, value: Any, batch: int) -> list[Any]:
+    if isinstance(value, np.ndarray) and not value.ndim:
+        value = value.item()
     depth = 0
     level = value
     while isinstance(level, Sequence | np.ndarray) and not isinstance(level, str):
         depth += 1
         # A row may leave out what another one has.
         level = next((item for item in level if item is not None and not _empty(item)), None)
-    nothing = depth == 1 and all(item is None for item in value)  # of every row, not a list of one
-    if depth <= _DEPTH.get(name, 0) and not (nothing and len(value)):
+    nothing = depth == 1 and all(item is None or _empty(item) for item in value)
+    # Nothing for every row is not one list of nothing.
+    if depth <= _DEPTH.get(name, 0) and not (nothing and len(value) == batch):
         return [value] * batch
     if len(value) != batch:
         raise InputError(
@@ -136,7 +175,7 @@ def _column(name: str, value: Any, batch: int) -> list[Any]:
 
 
 def _empty(item: Any) -> bool:
-    return isinstance(item, Sequence) and not len(item)
+    return isinstance(item, Sequence) and not isinstance(item, str) and not len(item)
 
 
 def build_request(
@@ -156,7 +195,7 @@ def build_request(
       pieces: gives the bytes of every token; called where there are stop strings.
 
     Raises:
-      InputError: token ids that the target does not have.
+      InputError: token ids that the target does not have, or no token that may come.
     """
     ends = [
         (() if row.ignore_eos else tuple(stop_ids)) + tuple(row.stop_token_ids or ())
@@ -166,25 +205,27 @@ def build_request(
         ("logit_bias, bad_words_ids", phrase) for row in rows for phrase, _ in row.phrases()
     ]:
         _check_ids(name, ids, vocab_size)
+    for row, stops_of_row in zip(rows, ends, strict=True):
+        _check_some_left(row, stops_of_row, vocab_size)
     strings = [tuple(row.stop_strings or ()) for row in rows]
     depths = [row.draft_depth for row in rows]
-    no_limit = np.iinfo(np.int32).max
     return Request(
-        max_new_tokens=np.asarray([row.max_new_tokens for row in rows], np.int32),
+        max_new_tokens=_clipped([row.max_new_tokens for row in rows]),
         stops=_pad(ends, NO_TOKEN),
         keys=keys,
         sampling=_sampling(rows, vocab_size),
         stop_strings=stops.build(strings, pieces()) if any(strings) else None,
         draft_depth=None
         if all(depth is None for depth in depths)
-        else np.asarray([no_limit if depth is None else depth for depth in depths], np.int32),
+        else _clipped([_NO_LIMIT if depth is None else depth for depth in depths]),
     )
 
 
 def _sampling(rows: Sequence[Options], vocab_size: int) -> Sampling:
     def column(name: str, off: float, dtype: Any = np.float32):
         values = [getattr(row, name) for row in rows]
-        values = np.asarray([off if value is None else value for value in values], dtype)
+        values = [off if value is None else value for value in values]
+        values = _clipped(values) if dtype == np.int32 else np.asarray(values, dtype)
         return None if (values == off).all() else values
 
     temperature = column("temperature", 0.0)
@@ -238,6 +279,25 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
                 f"{name}: expected token ids below the target's vocabulary of {vocab_size}, "
                 f"found {token!r}"
             )
+
+
+def _check_some_left(row: Options, ends: Sequence[int], vocab_size: int) -> None:
+    """Phrases may still rule out every token at some place; the decode then emits token 0."""
+    ruled_out = {p[0] for p, value in row.phrases() if len(p) == 1 and value == -math.inf}
+    if row.min_new_tokens:
+        ruled_out.update(ends)
+    if len(ruled_out) == vocab_size:
+        raise InputError(
+            "logit_bias, bad_words_ids, min_new_tokens: expected a token that may come first, "
+            f"found all {vocab_size} ruled out"
+        )
+
+
+_NO_LIMIT = np.iinfo(np.int32).max
+
+
+def _clipped(values: Sequence[float]) -> np.ndarray:
+    return np.asarray([min(value, _NO_LIMIT) for value in values], np.int32)
 
 
 def _pad(rows: Sequence[Sequence[int]], filler: int) -> np.ndarray:

@@ -175,24 +175,44 @@ def test_buckets():
 
 
 MISTAKES = [
-    ({"temperature": -0.5}, "temperature: expected a number of at least 0 .* found -0.5"),
+    ({"temperature": -0.5}, "temperature: expected 0 .* or 1e-6 to 1e6, found -0.5"),
+    # In float32 the logits over it are infinite, and the law is no number.
+    ({"temperature": 1e-40}, "temperature: expected 0 .* or 1e-6 to 1e6, found 1e-40"),
+    ({"temperature": 1e39}, "temperature: expected 0 .* or 1e-6 to 1e6, found 1e\\+39"),
     ({"temperature": float("nan")}, "temperature: expected .* found nan"),
     ({"top_p": 0}, r"top_p: expected a number above 0 and at most 1, found 0"),
     ({"top_p": 1.01}, r"top_p: expected .*, found 1.01"),
     ({"top_k": 2.5}, "top_k: expected a whole number, .* found 2.5"),
     ({"top_k": -2}, "top_k: expected .*, found -2"),
     ({"min_p": 2}, "min_p: expected .* found 2"),
-    ({"repetition_penalty": 0}, "repetition_penalty: expected .* above 0, found 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty: expected .* from 1e-6 to 1e6, found 0"),
+    ({"frequency_penalty": 1e39}, "frequency_penalty: expected .* -1e9 to 1e9, found 1e\\+39"),
     ({"presence_penalty": float("inf")}, "presence_penalty: expected .* found inf"),
     ({"min_new_tokens": -1}, "min_new_tokens: expected at least 0, found -1"),
     ({"stop_strings": ["a", ""]}, "stop_strings: expected non-empty strings, found ''"),
     ({"stop_strings": [["a"]]}, "stop_strings: expected one .* the 3 prompts, found 1"),
     ({"bad_words_ids": [[]]}, "bad_words_ids: expected at least one token id, found none"),
+    ({"bad_words_ids": [5, 6]}, r"bad_words_ids: expected a list of lists .* found \[5, 6\]"),
+    ({"stop_token_ids": 5}, "stop_token_ids: expected a list of token ids, found 5"),
+    ({"stop_token_ids": iter([5])}, "stop_token_ids: expected a list of token ids, found <list_it"),
+    ({"stop_strings": 5}, "stop_strings: expected a string or a list of strings, found 5"),
+    ({"ignore_eos": "no"}, "ignore_eos: expected True or False, found 'no'"),
+    ({"logit_bias": 5}, "logit_bias: expected a mapping from tokens to numbers, found 5"),
+    ({"logit_bias": {5: float("inf")}}, "logit_bias: expected numbers of at most 1e9, found inf"),
+    ({"logit_bias": {5: float("nan")}}, "logit_bias: expected numbers of at most 1e9, found nan"),
+    ({"logit_bias": {5: "1"}}, "logit_bias: expected numbers of at most 1e9, found '1'"),
+    ({"bad_words_ids": [[i] for i in range(VOCAB)]}, "a token that may come first, found all 300"),
+    (
+        {"bad_words_ids": [[i] for i in range(1, VOCAB)], "min_new_tokens": 1},
+        "a token that may come first, found all 300 ruled out",
+    ),
     ({"bad_words_ids": [[VOCAB]]}, f"expected token ids below .* {VOCAB}, found {VOCAB}"),
     ({"stop_token_ids": [-1]}, "stop_token_ids: expected token ids .* found -1"),
     ({"logit_bias": {VOCAB: 1.0}}, f"logit_bias.* below .* {VOCAB}, found {VOCAB}"),
     ({"temperature": [0.5, 0.6]}, "temperature: expected one .* the 3 prompts, found 2"),
     ({"seed": [1, 2]}, "seed: expected one for each of the 3 prompts, found 2"),
+    ({"seed": 0.5}, "seed: expected whole numbers of 64 bits, found 0.5"),
+    ({"seed": [1, 2**64, 3]}, "seed: expected whole numbers of 64 bits, found 1844"),
     ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, found 0"),
     ({"logprobs": VOCAB + 1}, f"logprobs: expected 0 to {VOCAB} or None, found"),
     ({"beams": 3}, "option beams: expected one of bad_words_ids, .* found it"),
@@ -203,6 +223,30 @@ MISTAKES = [
 def test_bad_options(engine, fields, pattern):
     with pytest.raises(InputError, match=pattern):
         engine.generate(PROMPTS, **{"max_new_tokens": 4, **fields})
+
+
+def test_bad_prompts_and_keys(engine):
+    with pytest.raises(InputError, match="prompts: expected a list of prompts, found one text"):
+        engine.generate("abc", 4)
+    tokens, lengths = engine.encode(PROMPTS[:2])
+    decode = engine.decode_function(4)
+    for key, found in (
+        (jax.random.PRNGKey(0), r"uint32 of shape \(2,\)"),
+        (jax.random.split(jax.random.key(0), 3), r"key<fry> of shape \(3,\)"),
+    ):
+        with pytest.raises(
+            InputError, match=f"key: expected one of .*, or 2 of them, found {found}"
+        ):
+            decode(engine.params, engine.draft_params, tokens, lengths, key)
+
+
+def test_numbers_beyond_int32_are_no_limit():
+    names = ("max_new_tokens", "min_new_tokens", "draft_depth", "top_k")
+    rows = [Options(temperature=1.0, **dict.fromkeys(names, 2**40))]
+    request = options.build_request(rows, None, (0,), VOCAB, list)
+    found = (request.max_new_tokens, request.draft_depth)
+    found += (request.sampling.min_new_tokens, request.sampling.top_k)
+    assert [column.tolist() for column in found] == [[2**31 - 1]] * 4
 
 
 @pytest.mark.parametrize("off", [0, -1, None])
@@ -232,6 +276,9 @@ def test_per_row_nesting():
     assert two[0] == Options(stop_strings=["a"], bad_words_ids=[])
     assert two[1] == Options(bad_words_ids=[[1]])
     assert options.per_row(2, {"stop_strings": [None, None]}) == [Options()] * 2
+    assert options.per_row(2, {"stop_strings": [[], None]}) == [Options(stop_strings=[]), Options()]
+    none = options.per_row(2, {"bad_words_ids": [[], []], "temperature": np.array(0.5)})
+    assert none == [Options(bad_words_ids=[], temperature=0.5)] * 2
 
 
 def test_a_batch_beyond_the_memory(engine, monkeypatch):
@@ -294,6 +341,22 @@ def test_conversation_rolls_back(engine):
     assert chat.messages[-1] == {"role": "assistant", "content": first.text}
     before = [*chat.messages, {"role": "user", "content": "more"}]
     assert "".join(map(str, chat.send("more"))) == fresh_answer(engine, before, 12).text
+
+
+def test_conversation_goes_on_beside_an_open_answer(engine):
+    """One that was never read, and one that is still held; both end at the next message."""
+    chat = Conversation(engine, max_new_tokens=12, rounds=1)
+    list(chat.send("import os"))
+    kept = list(chat.messages)
+    unread = chat.send("forget me")
+    pieces = chat.send("def f(x):")
+    assert chat.messages == kept and list(unread) == []
+    first = next(pieces)
+    answer = chat.send("more")
+    assert chat.messages[-1] == {"role": "assistant", "content": first.text}
+    assert len(chat.messages) == len(kept) + 2 and list(pieces) == []
+    before = [*chat.messages, {"role": "user", "content": "more"}]
+    assert "".join(map(str, answer)) == fresh_answer(engine, before, 12).text
 
 
 def test_conversation_that_is_full(engine):

@@ -259,7 +259,7 @@ ARGUMENTS = [
         ("--prompts", "{out}/long.jsonl", "--max-new-tokens", "16"),
         f"line 1 of .*: expected at most {POSITIONS - 16} tokens, .* found [0-9]+",
     ),
-    (("--temperature", "-1"), "temperature: expected a number of at least 0 .* found -1.0"),
+    (("--temperature", "-1"), "temperature: expected 0 .* or 1e-6 to 1e6, found -1.0"),
     (("--top-p", "0"), "top_p: expected a number above 0 and at most 1, found 0.0"),
     (("--top-p", "1.5"), "top_p: expected a number above 0 and at most 1, found 1.5"),
     (("--stop", ""), "stop_strings: expected non-empty strings, found ''"),
