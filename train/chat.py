@@ -143,7 +143,7 @@ class Encoder:
         for place, message in enumerate(chat):
             if message["role"] != "assistant":
                 continue
-            span = self._plain_span(message["content"], whole)
+            span = self._plain_span(message["content"], whole, end)
             if span is None:
                 start = self._start(chat[:place], whole, end)
                 end = self._end(chat[: place + 1], whole, start, last=place + 1 == len(chat))
@@ -154,15 +154,18 @@ class Encoder:
             end = span[1]
         return whole, spans
 
-    def _plain_span(self, content: str, whole: str) -> tuple[int, int] | None:
-        """Where an answer lies that stands once in a chat, word by word between its marks.
+    def _plain_span(self, content: str, whole: str, end: int) -> tuple[int, int] | None:
+        """The next answer after ``end``, if it stands there word by word between its marks.
 
         This is what the difference of renderings finds, without rendering a chat for every turn.
         """
         header, footer = self._marks()
+        if not header.strip() or not footer.strip():
+            return None
         answer = header + content + footer
-        place = whole.find(answer) if header.strip() and footer.strip() else -1
-        if place < 0 or whole.find(answer, place + 1) >= 0:
+        place = whole.find(header, end)
+        # A user may have written the same; then only the renderings tell.
+        if not whole.startswith(answer, max(place, 0)) or whole.find(answer, place + 1) >= 0:
             return None
         return place + len(header), place + len(answer)
 
