@@ -72,31 +72,39 @@ def answer_all(
     pool: Pool = {}
     for dialogue in dialogues:
         put(pool, dialogue)
-    new = shortened = 0
-    total = sum(map(len, pool.values()))
-    with tqdm(total=total + len(ledger.done), initial=len(ledger.done), unit=" prompts") as bar:
+    new, shortened, done = 0, 0, len(ledger.done)
+    total = done + sum(map(len, pool.values()))
+    with tqdm(total=total, initial=done, unit=" prompts") as bar:
         while pool:
             batch, lines = take(pool, rows), []
             answers = answer(engine, batch, rows, seed, fields)
             for dialogue, said in zip(batch, answers, strict=True):
                 dialogue = with_answer(dialogue, said)
-                try:
-                    following = next_turn(engine.tokenizer, dialogue)
-                    if following:
-                        check_length(engine, following, fields["max_new_tokens"])
-                except InputError as error:
-                    bar.write(f"{label(dialogue.prompt)} ends early: {error}", file=sys.stderr)
-                    following, shortened = None, shortened + 1
+                following, reason = _follow(engine, dialogue, fields["max_new_tokens"])
+                if reason:
+                    bar.write(f"{label(dialogue.prompt)} ends early: {reason}", file=sys.stderr)
+                    shortened += 1
                 if following:
                     put(pool, following)
                 else:
                     lines.append(line_of(dialogue))
                 new += len(said.tokens)
             ledger.append(lines)
+            bar.set_postfix_str(f"{new / bar.format_dict['elapsed']:.0f} tokens/s", refresh=False)
             bar.update(len(lines))
-            seconds = bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"{new / max(seconds, 1e-9):.0f} tokens/s")
     return shortened
+
+
+def _follow(
+    engine: Engine, dialogue: Dialogue, max_new_tokens: int
+) -> tuple[Dialogue | None, str | None]:
+    """The dialogue before its next turn, if there is one, or why it cannot be answered."""
+    try:
+        following = next_turn(engine.tokenizer, dialogue)
+    except InputError as error:
+        return None, str(error)
+    reason = no_room(engine, following, max_new_tokens) if following else None
+    return (None, reason) if reason else (following, None)
 
 
 def label(prompt: Prompt) -> str:
@@ -104,14 +112,15 @@ def label(prompt: Prompt) -> str:
     return f"prompt {prompt.id} ({prompt.place})"
 
 
-def check_length(engine: Engine, dialogue: Dialogue, max_new_tokens: int) -> None:
-    """Refuse a dialogue that leaves no room for an answer among the target's positions."""
+def no_room(engine: Engine, dialogue: Dialogue, max_new_tokens: int) -> str | None:
+    """Why an answer would not fit the target's positions, or None where it does."""
     room = engine.tokenizer.model_max_length - max_new_tokens
-    if len(dialogue.ids) > room:
-        raise InputError(
-            f"expected at most {room} tokens, so that {max_new_tokens} new ones fit, found "
-            f"{len(dialogue.ids)}"
-        )
+    if len(dialogue.ids) <= room:
+        return None
+    return (
+        f"expected at most {max(0, room)} tokens, so that {max_new_tokens} new ones fit, found "
+        f"{len(dialogue.ids)}"
+    )
 
 
 def prepare(
@@ -127,18 +136,13 @@ def prepare(
     for prompt in prompts:
         try:
             dialogue = begin(engine.tokenizer, prompt)
-            if dialogue.ids:
-                engine.encode([dialogue.ids[:1]])
-            if not dialogue.ids or max(dialogue.ids) >= engine.lm.vocab_size:
-                engine.encode([dialogue.ids])
+            if reason := no_room(engine, dialogue, max_new_tokens):
+                print(f"{label(prompt)} is skipped: {reason}", file=sys.stderr)
+                too_long += 1
+                continue
+            engine.encode([dialogue.ids], max_new_tokens)
+            ready.append(dialogue)
         except InputError as error:
             sentence = str(error).removeprefix("prompt 0: ")
             problems.append(f"--prompts: {prompt.place}: {sentence}")
-            continue
-        try:
-            check_length(engine, dialogue, max_new_tokens)
-            ready.append(dialogue)
-        except InputError as error:
-            print(f"{label(prompt)} is skipped: {error}", file=sys.stderr)
-            too_long += 1
     return ready, problems, too_long

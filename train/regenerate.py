@@ -20,6 +20,7 @@ import sys
 from typing import Any
 
 import jax
+import jinja2
 
 from ctc_spec_jax import demo, options
 from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache
@@ -29,7 +30,7 @@ from ctc_spec_jax.models import convert
 from infer.prompts import report
 from train import corpus
 from train.answering import answer_all, prepare
-from train.dialogue import Totals
+from train.dialogue import Totals, render
 from train.ledger import Ledger
 from train.prompts import Prompt, cut_prompts, file_digest, read_prompts, share_of
 
@@ -138,6 +139,11 @@ def find_prompts(arguments: argparse.Namespace, engine: Engine) -> tuple[list[Pr
     tokenizer, problems = engine.tokenizer, []
     if arguments.prompts:
         prompts, problems = read_prompts(arguments.prompts, arguments.first_turn)
+        if not tokenizer.chat_template and any(prompt.turns for prompt in prompts):
+            raise InputError(
+                "--template: expected a chat template, since the tokenizer of "
+                f"{arguments.target} has none, found no file"
+            )
     else:
         shortest, longest = arguments.prompt_lengths
         room = tokenizer.model_max_length - max(shortest, longest)
@@ -160,13 +166,24 @@ def load(arguments: argparse.Namespace) -> Engine:
         arguments.target, arguments.drafter, arguments.tree_nodes, dtype
     )
     if arguments.template:
-        try:
-            engine.tokenizer.chat_template = pathlib.Path(arguments.template).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"--template: expected a readable file, found {arguments.template} ({error})"
-            ) from error
+        use_template(engine, arguments.template)
     return engine
+
+
+def use_template(engine: Engine, path: str) -> None:
+    """Let the tokenizer write chats with a template of a file."""
+    try:
+        engine.tokenizer.chat_template = pathlib.Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--template: expected a readable file, found {path} ({error})") from error
+    try:
+        render(engine.tokenizer, [{"role": "user", "content": "x"}])
+    except InputError as error:
+        # Any other refusal concerns these messages, not the template.
+        if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+            raise InputError(
+                f"--template: expected a Jinja template, found {path} ({error.__cause__})"
+            ) from error
 
 
 def record_of(arguments: argparse.Namespace) -> dict[str, Any]:
