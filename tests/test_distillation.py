@@ -380,7 +380,7 @@ def test_chunked_bfloat16_accumulates_in_float32():
 
 def test_chunked_memory_does_not_grow_with_positions():
     vocab, chunk = 4096, 4
-    weights = {"jensen_shannon": 1.0, "top_k": 1.0}
+    weights = {"reverse_kl": 1.0, "total_variation": 1.0}
 
     def temp_bytes(form, positions, frozen):
         arrays, mask = hidden_inputs(jnp.float32, (positions,), vocab)
