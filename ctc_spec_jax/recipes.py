@@ -259,7 +259,7 @@ def _read_params(folder: pathlib.Path, drafter, dtype, mesh: Mesh | None) -> Par
 
 
 def _place(name: str, leaf: np.ndarray, mesh: Mesh):
-    return jax.device_put(leaf, sharding.parameter(mesh, name, leaf.shape))
+    return jax.device_put(leaf, sharding.home(mesh, name, leaf.shape))
 
 
 def abstract_target(path: str, dtype=jnp.float32, num_layers: int = 0) -> tuple[DecoderLM, Params]:

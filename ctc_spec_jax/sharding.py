@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -53,6 +54,13 @@ PARAMETERS: dict[str, Axes] = {
     "start": ("embed", "wide"),
 }
 """Parameter name, without its layer, -> logical axes; every other one is small and copied."""
+
+TPU_ORDER = {"qkv": (1, 2, 0, 3), "context_kv": (1, 2, 0, 3)}
+"""Dimensions of a parameter in the memory of a TPU, from the largest stride to the smallest.
+
+A TPU pads the last two to tiles of 8 x 128 or so. As written, [D, K, G+2, C], that is up to twice
+the memory, and every decode would begin with a copy in the order that its loop reads.
+"""
 
 CACHE: Axes = ("batch", "heads", None, None)
 """Axes of keys [B, K, C, S] and of values [B, K, S, C]."""
@@ -99,8 +107,7 @@ def spec(mesh, axes: Axes, shape: Sequence[int]) -> P:
 
 def parameter_axes(name: str, shape: Sequence[int]) -> Axes:
     """Logical axes of a parameter, by the last name of its path."""
-    name = re.sub(r"^layer_\d+_", "", name)
-    axes = PARAMETERS.get(name, ())
+    axes = PARAMETERS.get(_without_layer(name), ())
     return axes if len(axes) == len(shape) else (None,) * len(shape)
 
 
@@ -114,6 +121,22 @@ def parameters(mesh: Mesh, tree):
 def parameter(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
     """Sharding of one parameter; see ``parameter_axes``."""
     return NamedSharding(mesh, spec(mesh, parameter_axes(name, shape), shape))
+
+
+def home(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding | Format:
+    """Where a parameter of a decode lies: its sharding, and on TPU its order in memory too."""
+    place = parameter(mesh, name, shape)
+    order = TPU_ORDER.get(_without_layer(name), ())
+    if mesh.devices.flat[0].platform != "tpu" or len(order) != len(shape):
+        return place
+    return Format(Layout(major_to_minor=order), place)
+
+
+def homes(mesh: Mesh, tree):
+    """``home`` of every parameter of a tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: home(mesh, _last_name(path), x.shape), tree
+    )
 
 
 def rows(mesh: Mesh, tree, axis: int = 0):
@@ -182,6 +205,10 @@ def parts(axis: str, size: int) -> int:
     (names,) = spec(mesh, (axis,), (size,))
     names = (names,) if isinstance(names, str) else names or ()
     return math.prod(mesh.shape[name] for name in names)
+
+
+def _without_layer(name: str) -> str:
+    return re.sub(r"^layer_\d+_", "", name)
 
 
 def _last_name(path) -> str:

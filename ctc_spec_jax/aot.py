@@ -1,0 +1,214 @@
+"""Programs compiled for slices of TPU chips that need not be there.
+
+The compiler of TPUs is package ``libtpu`` (extra ``tpu-aot``). It compiles the very program that
+chips would run, from shapes alone, and says what it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from ctc_spec_jax import hlo, sharding
+from ctc_spec_jax.errors import InputError
+
+HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+"""Generation -> GiB of memory of a chip."""
+
+_SETTINGS = {"v4": {"chip_config_name": "megacore"}}
+"""As on real chips: the two cores of a v4 are one device."""
+
+_ENVIRONMENT = {
+    # Without them the library asks the metadata server of a cloud machine, and waits for it.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of chips; ``memory`` is that of one chip in bytes."""
+
+    name: str
+    devices: tuple[Any, ...]
+    memory: int
+
+    def mesh(self, sizes: str) -> Mesh:
+        """Mesh of all chips, of sizes like ``data=1,fsdp=1,tensor=8``; one of them may be -1.
+
+        Raises:
+          InputError: another axis, no number, or a product that is not the number of chips.
+        """
+        found = {}
+        for part in sizes.split(","):
+            match = re.fullmatch(r"(data|fsdp|tensor)=(-?\d+)", part.strip())
+            if not match:
+                raise InputError(f"mesh: expected data=1,fsdp=1,tensor=8 or so, found {sizes!r}")
+            found[match[1]] = int(match[2])
+        return sharding.make_mesh(**found, devices=self.devices)
+
+
+def topology(name: str) -> Topology:
+    """The slice of a name like ``v5e:4x4`` or ``v5p:2x2x2``.
+
+    Raises:
+      InputError: no such slice, or package libtpu is missing.
+    """
+    match = re.fullmatch(r"(v4|v5e|v5p|v6e):\d+x\d+(x\d+)?", name)
+    if not match:
+        raise InputError(f"topology: expected v4, v5e, v5p or v6e and a size, found {name!r}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("topology: expected package libtpu (extra tpu-aot), found none")
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    try:
+        chips = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **_SETTINGS.get(match[1], {})
+        )
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"topology: expected a slice that exists, found {name} ({reason})") from (
+            error
+        )
+    return Topology(name, tuple(chips.devices), HBM[match[1]] << 30)
+
+
+def abstract(tree, places):
+    """Shapes of a tree of arrays or shapes, each where ``places`` says."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+    )
+
+
+def part_shapes(tree) -> set[hlo.Shape]:
+    """Shapes of one chip's part of the caches of a tree of placed shapes."""
+    names = {"bfloat16": "bf16", "float32": "f32", "float16": "f16"}
+    return {
+        (names[x.dtype.name], x.sharding.shard_shape(x.shape))
+        for x in jax.tree.leaves(tree)
+        if x.ndim == len(sharding.CACHE)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip that a program needs; ``alias`` is output in the place of arguments."""
+
+    arguments: int
+    temporaries: int
+    output: int
+    alias: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.arguments + self.temporaries + self.output - self.alias + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program: its memory, one turn of its main loop, and the rest of it."""
+
+    memory: Memory
+    loop: hlo.Part
+    rest: hlo.Part
+    compile_seconds: float
+
+
+def compile_program(
+    lower: Callable[[], Any], what: str, chip: int, caches: Collection[hlo.Shape] = ()
+) -> Program:
+    """Compile what ``lower()`` gives, a lowered program.
+
+    Args:
+      lower: called once, such as ``lambda: jax.jit(f).lower(*shapes)``.
+      what: the program, for the message.
+      chip: bytes of a chip.
+      caches: shapes on one chip whose copies are counted.
+
+    Raises:
+      InputError: the compiler finds no way to fit it into a chip.
+    """
+    began = time.perf_counter()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"[Uu]sed ([\d.]+)([GM])\S* of ([\d.]+[GM])\S* hbm", str(error))
+        if not used:
+            raise
+        needed = float(used[1]) * (1 << (30 if used[2] == "G" else 20))
+        raise InputError(does_not_fit(what, needed, chip)) from error
+    loop, rest = hlo.summary(compiled.as_text(), caches)
+    found = compiled.memory_analysis()
+    memory = Memory(
+        found.argument_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.output_size_in_bytes,
+        found.alias_size_in_bytes,
+        found.generated_code_size_in_bytes,
+    )
+    return Program(memory, loop, rest, round(time.perf_counter() - began, 1))
+
+
+def does_not_fit(what: str, needed: float, chip: int) -> str:
+    """The sentence for a program that needs more than a chip has, both in bytes."""
+    return (
+        f"{what}: expected at most the {chip / 2**30:.2f} GiB of a chip, "
+        f"found a need of {needed / 2**30:.2f} GiB"
+    )
+
+
+def as_dict(program: Program) -> dict[str, Any]:
+    """The figures as plain types."""
+    found = dataclasses.asdict(program)
+    found["memory"]["total"] = program.memory.total
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides how a program is compiled."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+
+
+def columns(programs: dict[str, Program], chip: int, loop: str, rest: str) -> str:
+    """The figures as aligned text, a column per program.
+
+    Args:
+      programs: by their titles; cycles are also given in those of the first.
+      chip: bytes of a chip.
+      loop: what one turn of the main loop is.
+      rest: what runs outside of it.
+    """
+    mib, first = 2**20, next(iter(programs.values()))
+    lines = [("", *programs)]
+    for name in ("arguments", "temporaries", "output", "alias", "code", "total"):
+        sizes = (getattr(p.memory, name) / mib for p in programs.values())
+        lines.append((f"{name}, MiB", *(f"{size:,.1f}" for size in sizes)))
+    lines.append(
+        ("of a chip's memory", *(f"{p.memory.total / chip:.1%}" for p in programs.values()))
+    )
+    for part, title in (("loop", loop), ("rest", rest)):
+        parts = [getattr(p, part) for p in programs.values()]
+        lines.append((title, *("" for _ in parts)))
+        for kind in sorted({kind for p in parts for kind in p.collectives}):
+            traffic = [p.collectives.get(kind, hlo.Traffic(0, 0)) for p in parts]
+            lines.append(
+                (f"  {kind}, MiB", *(f"{t.count} x, {t.bytes / mib:.2f}" for t in traffic))
+            )
+        lines.append(("  copies of caches", *(str(p.copies) for p in parts)))
+        whole = getattr(first, part).cycles or 1
+        lines.append(("  cycles", *(f"{p.cycles:,} ({p.cycles / whole:.2f})" for p in parts)))
+    return "\n".join(f"{name:<26}" + "".join(f"{x:>22}" for x in found) for name, *found in lines)
