@@ -66,8 +66,7 @@ def measure(
         keys=jax.random.split(jax.random.key(0), batch),
     )
     lengths = np.asarray([len(row) for row in prompts.tokens], np.int32)
-    inputs = (tokens, lengths, request)
-    inputs = jax.device_put(inputs, sharding.rows(mesh, inputs))
+    inputs = [jax.device_put(x, sharding.inputs(mesh, x)) for x in (tokens, lengths, request)]
     with jax.set_mesh(mesh):
         result = xla.jitted(decode)(loop, params, draft_params, *inputs)
     result = sharding.host_copy((result.tokens, result.lengths, result.stats))

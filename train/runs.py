@@ -121,7 +121,7 @@ def point_to_best(folder: epath.Path, log: Log) -> None:
     scored = [line for line in map(json.loads, log.lines) if SCORE in line]
     if jax.process_index() or not scored:
         return
-    best = max(scored, key=lambda line: line[SCORE])
+    best = max(scored, key=lambda line: (line[SCORE], line["step"]))
     part = folder / ".best.json.part"
     part.write_text(json.dumps({"step": best["step"], SCORE: best[SCORE]}) + "\n")
     part.replace(folder / "best.json")
