@@ -28,12 +28,12 @@ from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from infer import benchmark, chat, generate, profile
-from train import corpus, regenerate, train
+from train import corpus, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCAB, POSITIONS = 300, 128
 TEXT = (ROOT / "train" / "data.py").read_text()
-MODULES = (generate, benchmark, chat, profile, regenerate, train)
+MODULES = (generate, benchmark, chat, profile, train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,29 +354,6 @@ def test_training_refuses(sentence, tmp_path, monkeypatch):
         ),
     ):
         assert re.search(pattern, sentence(train, *arguments))
-
-
-def test_regeneration_refuses(pair, sentence, tmp_path):
-    out = tmp_path / "answers.npz"
-    for arguments, pattern in (
-        (("--target", tmp_path / "none", "--out", out), "target: expected .* found .*none"),
-        (
-            ("--target", pair.target, "--out", tmp_path / "none" / "answers.npz"),
-            "--out: expected a writable folder, found .*none",
-        ),
-        (
-            ("--target", pair.target, "--out", out, "--count", "65"),
-            r"--count: expected a multiple of --rows \(64\), found 65",
-        ),
-        (
-            (
-                *("--target", pair.target, "--out", out, "--sources", "no_such_package"),
-                *("--new-tokens", "8", "--prompt-lengths", "4", "16"),
-            ),
-            r"data\.sources: expected an installed package, found 'no_such_package'",
-        ),
-    ):
-        assert re.search(pattern, sentence(regenerate, *arguments))
 
 
 def test_benchmark_refuses(pair, sentence, tmp_path, monkeypatch):

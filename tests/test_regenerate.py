@@ -261,7 +261,8 @@ def test_tokens_that_are_written_otherwise_later_are_no_labels(engine):
 
 def test_prompts_are_cut_from_the_sources(call, engine):
     arguments = ("--sources", "asyncio", "--heldout", 0.3, "--max-bytes", 10000, "--count", 8)
-    out, _, _ = call(*arguments, "--prompt-lengths", 4, 8)
+    out, _, _ = call(*arguments, "--prompt-lengths", 4, 8, "--ignore-eos")
+    assert {tuple(row["finish"]) for row in read(out)} == {("length",)}
     texts, _ = corpus.corpus(("asyncio",), 0.3, 10000)
     text = ",".join(map(str, corpus.tokenize(engine.tokenizer, texts)))
     cut = [row["input_ids"][: row["loss_mask"].index(1)] for row in read(out)]
@@ -315,9 +316,10 @@ BAD = [
     (b'{"prompt": "a", "id": "t"}', "expected an id of its own, found 't' of line 1 of "),
     (b'{"turns": "a"}', "turns: expected a list, found 'a'"),
     (b'{"turns": []}', "expected a message of the user, found none"),
-    (b'{"messages": [{"role": "tool", "content": ""}]}', "expected one of .*, found 'tool'"),
-    (b'{"messages": [{"role": "user", "content": [1]}]}', "content: expected a text, found"),
-    (b'{"conversations": ["a"]}', "expected messages with 'from' and 'value', found 'a'"),
+    (b'{"messages": [{"role": "tool", "content": ""}]}', "expected a chat without tools, found"),
+    (b'{"messages": [{"role": "user", "content": [1]}]}', "expected a chat, found wrong shape"),
+    (b'{"conversations": ["a"]}', "expected a chat, found wrong shape: .* found 'a'"),
+    (b'{"messages": [], "input_ids": [1], "loss_mask": [1]}', "expected a chat, found tokens"),
     (b'{"turns": ["a", "refuse"]}', "expected messages that fit the chat template, found no"),
 ]
 
@@ -456,6 +458,7 @@ def test_a_full_disk_ends_with_one_sentence_and_loses_no_line(deaths):
         (("--template", "{place}/deaths/template"), "template"),
         (("--drafter", "{place}/drafter"), "drafter"),
         (("--dtype", "bfloat16"), "dtype"),
+        (("--ignore-eos",), "ignore-eos"),
     ],
 )
 def test_other_options_do_not_go_on(refused, place, tmp_path, monkeypatch, capsys, changes, flag):

@@ -117,7 +117,9 @@ def line_of(dialogue: Dialogue) -> dict[str, Any]:
         "rounds": dialogue.rounds,
         "accepted_length": round(dialogue.generated / dialogue.rounds, 4),
     }
-    return line | ({"messages": list(dialogue.messages)} if dialogue.prompt.turns else {})
+    if dialogue.prompt.turns:
+        line["messages"] = [dict(message) for message in dialogue.messages]
+    return line
 
 
 @dataclasses.dataclass

@@ -13,23 +13,16 @@ import hashlib
 import json
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ctc_spec_jax.errors import InputError
+from train import lines
 
-Message = dict[str, str]
+Message = Mapping[str, Any]
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-}
 _EXPECTED = "expected an object with 'messages', 'conversations', 'turns' or 'prompt'"
 
 
@@ -68,7 +61,7 @@ def read_prompts(paths: Sequence[str], first_turn: bool = False) -> tuple[list[P
     found: dict[str, Prompt] = {}
     problems = []
     for path in paths:
-        for number, line in _lines(path):
+        for number, line in _numbered(path):
             place = f"line {number} of {path}"
             try:
                 prompt = parse_prompt(line, first_turn, place)
@@ -88,7 +81,7 @@ def read_prompts(paths: Sequence[str], first_turn: bool = False) -> tuple[list[P
     return list(found.values()), problems
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+def _numbered(path: str) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers."""
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
@@ -118,8 +111,9 @@ def parse_prompt(line: bytes, first_turn: bool = False, place: str = "") -> Prom
     if isinstance(name, bool) or not isinstance(name, str | int | None) or name == "":
         raise InputError(f"expected an id that is a text or a whole number, found {name!r}")
     name = "" if name is None else str(name)
-    messages, category = _messages(row), row.get("category")
+    category = row.get("category")
     category = category if isinstance(category, str) else ""
+    messages = _messages(row, line)
     if messages is None:
         return Prompt(name, _text("prompt", row.get("prompt")), place=place, category=category)
     turns = _turns(messages)
@@ -127,32 +121,23 @@ def parse_prompt(line: bytes, first_turn: bool = False, place: str = "") -> Prom
     return Prompt(name, turns=turns, place=place, category=category)
 
 
-def _messages(row: dict[str, Any]) -> list[Message] | None:
+def _messages(row: Mapping[str, Any], line: bytes) -> Sequence[Message] | None:
     """The messages of a chat, or None where the line is no chat."""
-    if "messages" in row:
-        return [_message(item, "role", "content") for item in _list(row, "messages")]
-    if "conversations" in row:
-        return [_message(item, "from", "value") for item in _list(row, "conversations")]
+    if "messages" in row or "conversations" in row:
+        try:
+            content, _ = lines.parse(line)
+        except lines.BrokenLine as error:
+            raise InputError(f"expected a chat, found {error}") from error
+        if not isinstance(content, lines.Chat):
+            raise InputError(f"expected a chat, found {type(content).__name__.lower()} as well")
+        return content.messages
     if "turns" in row:
-        return [{"role": "user", "content": _text("turn", t)} for t in _list(row, "turns")]
+        if not isinstance(row["turns"], list):
+            raise InputError(f"turns: expected a list, found {row['turns']!r:.40}")
+        return [{"role": "user", "content": _text("turn", t)} for t in row["turns"]]
     if "prompt" in row:
         return None
     raise InputError(f"{_EXPECTED}, found one with {', '.join(map(repr, row)) or 'nothing'}")
-
-
-def _list(row: dict[str, Any], name: str) -> list[Any]:
-    if not isinstance(row[name], list):
-        raise InputError(f"{name}: expected a list, found {row[name]!r:.40}")
-    return row[name]
-
-
-def _message(item: Any, role: str, content: str) -> Message:
-    if not isinstance(item, dict):
-        raise InputError(f"expected messages with {role!r} and {content!r}, found {item!r:.40}")
-    name = item.get(role)
-    if not isinstance(name, str) or name not in _ROLES:
-        raise InputError(f"{role}: expected one of {', '.join(_ROLES)}, found {name!r:.40}")
-    return {"role": _ROLES[name], "content": _text(content, item.get(content))}
 
 
 def _text(name: str, value: Any) -> str:
@@ -167,6 +152,8 @@ def _turns(messages: Iterable[Message]) -> tuple[tuple[Message, ...], ...]:
     for message in messages:
         if message["role"] == "assistant":
             continue
+        if message["role"] == "tool":
+            raise InputError("expected a chat without tools, found a message with the role 'tool'")
         waiting.append(message)
         if message["role"] == "user":
             turns.append(tuple(waiting))

@@ -61,6 +61,7 @@ def _parse() -> argparse.Namespace:
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     group.add_argument("--top-p", type=float, default=1.0)
     group.add_argument("--top-k", type=int, default=0)
+    group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-text tokens")
     group.add_argument("--seed", type=int, default=0, help="of prompts cut and answers drawn")
     arguments = parser.parse_args()
     _check(arguments)
@@ -86,7 +87,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def fields_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Options of the answers, by their names in ``Options``."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "ignore_eos")
     return {name: getattr(arguments, name) for name in names}
 
 
