@@ -127,12 +127,14 @@ def test_a_chat_may_begin_with_an_answer(tmp_path):
 
 
 def test_answers_that_cannot_be_told_from_questions_are_skipped(tmp_path):
-    """An end of text after the last message alone, and a system message moved to the last turn."""
-    ends = chats.CHATML.replace("+ '<|im_end|>\\n' }}", "}}{% if loop.last %}<|im_end|>{% endif %}")
-    moved = chats.PLAIN.replace("{% for", "{{ messages | length }}{% for").replace("'a:'", "' '")
+    """An end of text after the last answer alone, and a count of messages before the first."""
+    last = "}}{% if loop.last and m.role == 'assistant' %}<|im_end|>{% endif %}"
+    ends = chats.CHATML.replace("+ '<|im_end|>\\n' }}", last)
+    counted = chats.PLAIN.replace("{% for", "{{ messages | length }}{% for").replace("'a:'", "' '")
+    assert ends != chats.CHATML and counted != chats.PLAIN
     dialogue = messages([("user", "a"), ("assistant", "so"), ("user", "b"), ("assistant", "it")])
-    for template in (ends, moved):
-        with pytest.raises(InputError, match="1: template does not fit"):
+    for template, reason in [(ends, "its answers end in several"), (counted, "it rewrites")]:
+        with pytest.raises(InputError, match=f"1: template does not fit: {reason}"):
             read(tmp_path, [{"messages": dialogue}], chats.byte_tokenizer(template))
 
 
@@ -178,9 +180,10 @@ def test_answers_are_cut_where_they_loop(tmp_path):
     fresh, loop = list(range(100, 130)), [7] * 40
     keep = data.before_loop(fresh + loop, 0.4)
     assert 30 < keep < 70
+    mask = [1] * 30 + [0] + [1] * 70 + [0] + [1] * 40
     lines = [
         {"input_ids": [1, 2, *fresh, *loop], "loss_mask": [0, 0] + [1] * 70},
-        {"input_ids": [*fresh, 5, *fresh, *loop, 9], "loss_mask": [1] * 30 + [0] + [1] * 71},
+        {"input_ids": [*fresh, 5, *fresh, *loop, 9, *loop], "loss_mask": mask},
         {"input_ids": [*loop, *fresh], "loss_mask": [0] * 40 + [1] * 30},
         {"input_ids": [1, *loop], "loss_mask": [0] + [1] * 40},  # less than 16 are left
         {"input_ids": [1, 2, 3], "loss_mask": [0, 0, 1]},
@@ -188,7 +191,7 @@ def test_answers_are_cut_where_they_loop(tmp_path):
     found = read(tmp_path, lines, tokenizer, max_loop=0.4)
     assert found.lengths.tolist() == [2 + keep, 31 + keep, 70, 3]
     assert (found.counts["looping"], found.counts["unlabelled"]) == (3, 1)
-    assert read(tmp_path, lines, tokenizer, max_loop=1.0).lengths.tolist() == [72, 102, 70, 41, 3]
+    assert read(tmp_path, lines, tokenizer, max_loop=1.0).lengths.tolist() == [72, 142, 70, 41, 3]
 
 
 BROKEN = [
