@@ -23,16 +23,9 @@ VOCAB = 17
 
 def tiny_target(seed: int = 1, **changes) -> tuple[DecoderLM, Any]:
     """Two layers, width 32, rotary positions; weights large enough that greedy text varies."""
-    config = DecoderConfig(
-        vocab_size=VOCAB,
-        width=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_width=8,
-        mlp_width=48,
-        **changes,
-    )
+    shape = dict(num_heads=4, num_kv_heads=2, head_width=8, mlp_width=48)
+    sizes = {"width": 32, "num_layers": 2, **shape, **changes}
+    config = DecoderConfig(vocab_size=VOCAB, **sizes)
     lm = DecoderLM(config)
     params = lm.init(jax.random.key(seed))
 

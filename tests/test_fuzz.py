@@ -66,19 +66,6 @@ def stop_string_state_lags(monkeypatch):
     _cut(monkeypatch, change)
 
 
-def string_wins_over_token(monkeypatch):
-    """Of a stop token that completes a stop string the string is reported."""
-
-    def change(tokens, before, state, request, out):
-        acceptance, finish, strings = out
-        states = accept._string_states(tokens, state, request)
-        place = jnp.maximum(acceptance.length - 1, 0)[:, None]
-        matched = jnp.take_along_axis(states, place, axis=1)[:, 0] == 1
-        return acceptance, jnp.where(matched, STOPPED_BY_STRING, finish), strings
-
-    _cut(monkeypatch, change)
-
-
 def penalties_ignore_ancestors(monkeypatch):
     """Only committed tokens and the root are penalised."""
     original = logits._penalise
@@ -101,25 +88,11 @@ def stops_allowed_one_early(monkeypatch):
     monkeypatch.setattr(logits, "process_logits", process)
 
 
-def phrases_ignore_ancestors(monkeypatch):
-    """A phrase is looked for behind the root whatever was drafted since."""
-    original = logits.prefixes
-
-    def prefixes(state, request, tree, lineage):
-        before = original(state, request, tree, lineage)
-        recent = jnp.broadcast_to(before.recent[:, :1], before.recent.shape)
-        return dataclasses.replace(before, recent=recent)
-
-    monkeypatch.setattr(logits, "prefixes", prefixes)
-
-
 FAULTS = {
     leak_past_a_stop: "length, finish",
     stop_string_state_lags: "length, finish",
-    string_wins_over_token: "length, finish",
     penalties_ignore_ancestors: "expected",
     stops_allowed_one_early: "is ruled out",
-    phrases_ignore_ancestors: "token",
 }
 
 
