@@ -87,7 +87,6 @@ class Data:
     ``assistant`` (labels in answers only) or ``all``; ``pack`` puts several documents in a row.
     Answers that come as token ids are cut where their share of repeated 8-token groups passes
     ``max_loop``. ``cache`` is a folder for tokenised documents, by default under the user's cache.
-    ``answers`` are files of ``train.regenerate`` in its older form.
     """
 
     sources: tuple[str, ...] = ("stdlib",)
@@ -100,7 +99,6 @@ class Data:
     train_on: str = "assistant"
     pack: bool = True
     cache: str = ""
-    answers: tuple[str, ...] = ()
     max_loop: float = 0.4
 
 

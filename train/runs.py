@@ -156,7 +156,7 @@ def record(config: TrainConfig, objective, log: Log, best: int | None) -> dict:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "grain")
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in names
     }
