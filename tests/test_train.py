@@ -591,3 +591,81 @@ def test_drafter_starts_from_another(pair, workplace):
         InputError, match=r"^drafter\.taps: expected layers 0\.\.1, found \[0, 2\]$"
     ):
         make_objective(dataclasses.replace(objective.config, drafter=beyond))
+
+
+def test_preempted_run_saves_and_continues_as_if_nothing_had_happened(
+    whole, workplace, objective, capsys
+):
+    """SIGTERM during step 17: saved there, status 143; the rest is the curve of one run."""
+    folder = workplace / "preempted"
+    config = target_config(workplace, folder)
+    told = object.__new__(type(objective))
+    told.__dict__.update(objective.__dict__)
+
+    def batches(start: int):
+        for step, batch in enumerate(objective.batches(start), start):
+            if step == 16:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    told.batches = batches
+    with pytest.raises(SystemExit) as exit_:
+        train(config, told)
+    assert exit_.value.code == 143
+    assert curve(folder)[-1]["step"] == 17 and not (folder / "export").exists()
+    train(config, objective)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"preempted: step 17 is saved in {folder}; start again to continue",
+        f"resumed from step 17 in {folder}",
+    ]
+    assert_same_run(folder, whole[0])
+
+
+def test_dry_run_starts_nothing(workplace, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    arguments = ["--config", str(workplace / "target.yaml"), f"run.folder={folder}", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    monkeypatch.setattr(program, "use_compilation_cache", lambda: None)
+    program.main()
+    text = capsys.readouterr().out
+    # V*D embedding, a norm, and per layer qkv D*K*(G+2)*C, output, gate and up, down, two norms.
+    layer = 32 * 1 * 4 * 16 + 32 * 32 + 2 * 32 * 48 + 48 * 32 + 2 * 32
+    assert f"trained parameters: {300 * 32 + 32 + 2 * layer:,}" in text
+    assert "  layer_1/qkv " in text and "(32, 1, 4, 16)" in text
+    assert "mesh: data 1, fsdp 1, tensor 1" in text
+    assert "compiled step, a device: arguments " in text
+    assert "vocab_size: 300" in text and f"{4 * 32} tokens" in text
+    assert not folder.exists()
+
+
+def test_average_and_tensorboard(workplace, objective):
+    """The moving average is the recursion it says, and is what is exported."""
+    folder = workplace / "average"
+    config = target_config(
+        workplace,
+        folder,
+        "optim.average=0.8",
+        "run.steps=4",
+        "run.checkpoint_every=1",
+        "run.keep=4",
+        "run.tensorboard=true",
+    )
+    train(config, objective)
+    checkpoints = Checkpoints(folder / "checkpoints", 4)
+    shapes = initial_state(objective, config)
+    states = [checkpoints.restore(step, shapes)[0] for step in (1, 2, 3, 4)]
+    checkpoints.close()
+    expected = states[0]["average"]
+    for state in states[1:]:
+        expected = jax.tree.map(
+            lambda a, p: 0.8 * np.asarray(a) + 0.2 * np.asarray(p), expected, state["params"]
+        )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, states[-1]["average"], expected)
+    _, params, _ = recipes.load_target(str(folder / "export"))
+    jax.tree.map(np.testing.assert_array_equal, states[-1]["average"], params)
+    apart = jax.tree.map(lambda a, p: np.abs(np.asarray(a - p)).max(), params, states[-1]["params"])
+    assert max(jax.tree.leaves(apart)) > 1e-3
+    (events,) = (folder / "tensorboard").iterdir()
+    assert events.stat().st_size > 500

@@ -24,7 +24,7 @@ from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.decoder import output_head
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.verify import Greedy
-from train import evaluate, plan
+from train import evaluate, plan, runs
 from train.anchors import sample_anchors
 from train.config import TrainConfig
 from train.source import DocumentSource
@@ -148,12 +148,13 @@ class DrafterObjective:
         """
         whole = sharding.host_copy(params)
         if jax.process_index() == 0:
-            recipes.save_drafter(
-                folder,
-                self.drafter,
-                whole,
-                target=self.config.target,
-                tokenizer=self.tokenizer,
-                training=record,
-            )
+            with runs.local_folder(folder) as local:
+                recipes.save_drafter(
+                    local,
+                    self.drafter,
+                    whole,
+                    target=self.config.target,
+                    tokenizer=self.tokenizer,
+                    training=record,
+                )
         save_params(f"{folder}/params", params)

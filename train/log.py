@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from ctc_spec_jax.errors import InputError
+
 
 class Log:
     """``metrics.jsonl``: one line per log or evaluation; lines past a resumed step are dropped.
@@ -48,7 +50,7 @@ class Log:
         if not self._first:
             return
         self.lines.append(self.last_line + "\n")
-        if _is_remote(self.path):
+        if is_remote(self.path):
             self.path.write_text("".join(self.lines))  # objects of a bucket cannot grow
         else:
             with self.path.open("a") as file:
@@ -79,8 +81,6 @@ def _board(folder: epath.Path, start: int):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        from ctc_spec_jax.errors import InputError
-
         raise InputError(
             "run.tensorboard: expected the package tensorboardX (pip install 'ctc-spec-jax[logs]')"
             ", found none"
@@ -89,7 +89,8 @@ def _board(folder: epath.Path, start: int):
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
 
-def _is_remote(path) -> bool:
+def is_remote(path) -> bool:
+    """Whether a path is in a bucket."""
     return "://" in str(path)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
 import shlex
 import sys
+import tempfile
+from collections.abc import Iterator
 
 import jax
 import yaml
@@ -15,7 +19,7 @@ from etils import epath
 
 from ctc_spec_jax.errors import InputError
 from train.config import TrainConfig, load_config, to_dict
-from train.log import Log
+from train.log import Log, is_remote
 
 SCORE = "accepted_length"
 """The metric that picks the best checkpoint and stops early."""
@@ -97,6 +101,25 @@ def _meaning(config: TrainConfig) -> dict:
         if name not in _FREE.get(section, ())
     }
     return fields | {name: tree[name] for name in tree.keys() - sections.keys()}
+
+
+@contextlib.contextmanager
+def local_folder(folder: str) -> Iterator[str]:
+    """A folder of this machine to write in; what it holds is copied to ``folder`` in a bucket.
+
+    Libraries for weights and tokenizers write files of a disk only.
+    """
+    if not is_remote(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        local = pathlib.Path(name) / "export"
+        yield str(local)
+        for path in sorted(local.rglob("*")):
+            if path.is_file():
+                copy = epath.Path(folder) / path.relative_to(local).as_posix()
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
 
 
 class EarlyStop:

@@ -80,7 +80,7 @@ class DocumentSource:
     def _file_prompts(self, count: int, longest: int) -> Prompts:
         found, problems = read_prompts(self.config.evaluation.files, first_turn=True)
         if problems:
-            raise InputError(f"evaluation.files: {problems[0]}")
+            raise InputError(f"evaluation.files: {problems[0].removeprefix('--prompts: ')}")
         tokenizer = self._tokenizer
         if self.config.data.template:
             tokenizer = copy.copy(tokenizer)

@@ -21,7 +21,7 @@ from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM, output_logits
-from train import corpus, plan
+from train import corpus, plan, runs
 from train.config import TrainConfig
 
 
@@ -102,10 +102,11 @@ class TargetObjective:
                 "bos_token_id": None,
                 "max_position_embeddings": self.config.batch.length,
             }
-            convert.save_target(folder, self.lm, whole, extra)
-            self.tokenizer.save_pretrained(folder)
             text = json.dumps(record, indent=1) + "\n"
-            (pathlib.Path(folder) / "training.json").write_text(text)
+            with runs.local_folder(folder) as local:
+                convert.save_target(local, self.lm, whole, extra)
+                self.tokenizer.save_pretrained(local)
+                (pathlib.Path(local) / "training.json").write_text(text)
         save_params(f"{folder}/params", params)
 
     def _mean_loss(self, params, tokens):
