@@ -120,18 +120,24 @@ def test_training_pass_equals_decoding_pass(setting):
     _, taps, _ = lm.hidden(params, tokens, full, drafter.taps)
     pending = params["embedding"][jnp.take_along_axis(tokens, anchors, axis=1)]
     apply = drafter.network.apply
-    trained = apply({"params": draft_params}, taps, pending, anchors, method="anchor_hidden")
+    places = jnp.tile(jnp.arange(14, dtype=jnp.int32)[None], (2, 1))
+    text = (taps, pending, anchors, jnp.ones_like(places), places)
+    trained = apply({"params": draft_params}, *text, method="anchor_hidden")
     for row in range(2):
         for a in range(3):
             n = int(anchors[row, a])
-            cut = tuple(t[row : row + 1, :n] for t in taps) if n else None
-            if cut is None:
+            if n == 0:
                 continue
+            # What lies at the anchor itself is another thing here.
+            widths = ((0, 0), (0, 1), (0, 0))
+            cut = tuple(jnp.pad(t[row : row + 1, :n], widths, constant_values=7) for t in taps)
             one = apply(
                 {"params": draft_params},
                 cut,
                 pending[row : row + 1, a : a + 1],
                 anchors[row : row + 1, a : a + 1],
+                jnp.ones((1, n + 1), jnp.int32),
+                places[:1, : n + 1],
                 method="anchor_hidden",
             )
             np.testing.assert_allclose(trained[row, a], one[0, 0], rtol=2e-5, atol=2e-5)

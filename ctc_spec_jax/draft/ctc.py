@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from ctc_spec_jax.models import kv_cache, layers
 from ctc_spec_jax.models.config import DecoderConfig, RopeScaling
-from ctc_spec_jax.models.decoder import output_logits
+from ctc_spec_jax.models.decoder import fresh_params, output_logits
 from ctc_spec_jax.sharding import HIDDEN, constrain, gather_width
 from ctc_spec_jax.types import Acceptance, DraftContext, DraftTree, Params, TargetOutput
 
@@ -299,7 +299,7 @@ class CTCDrafter:
         taps = tuple(jnp.zeros((1, 1, c.width)) for _ in c.taps)
         head = {"head": jnp.zeros((c.width, c.vocab_size))}
         anchors = jnp.zeros((1, 1), jnp.int32)
-        return self.network.init(key, taps, jnp.zeros((1, 1, c.width)), anchors, head)["params"]
+        return fresh_params(self.network, key, taps, jnp.zeros((1, 1, c.width)), anchors, head)
 
     def init(self, params: Params, context: DraftContext, taps):
         """Context of the prompt; see ``types.Drafter``."""

@@ -7,6 +7,7 @@ G query heads per kv head, C head width, L layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -131,6 +132,15 @@ def _masks(mask, positions, past, length, window: int):
     return new_mask, layers.within_window(past_mask, positions, slots, window)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def fresh_params(module: nn.Module, key, *inputs) -> Params:
+    """Parameters of a module for inputs of these shapes; ``key`` is consumed.
+
+    Jitted, so that the forward pass, which ``init`` runs for the shapes alone, is left out.
+    """
+    return module.init(key, *inputs)["params"]
+
+
 def output_logits(params: Params, hidden):
     """Logits [..., V] float32 of hidden states [..., D] after the final norm."""
     head = output_head(params)
@@ -187,7 +197,7 @@ class DecoderLM:
     def init(self, key) -> Params:
         """Fresh float32 parameters. ``key`` is consumed."""
         row = jnp.zeros((1, 1), jnp.int32)
-        return self.module.init(key, row, row, jnp.ones((1, 1, 1), bool))["params"]
+        return fresh_params(self.module, key, row, row, jnp.ones((1, 1, 1), bool))
 
     def _apply(self, params: Params, *args, **kwargs) -> Any:
         return self.module.apply({"params": params}, *args, **kwargs)
