@@ -94,5 +94,5 @@ def test_second_call_compiles_nothing(setting):
 def test_disable_jit_gives_the_same(setting):
     lm, params, prompts, lengths, texts, truth = setting
     with jax.disable_jit():
-        result = run(lm, params, OracleTree(), truth[:2], prompts[:2], lengths[:2], 2)
+        result = run(lm, params, OracleTree(2, 5), truth[:2], prompts[:2], lengths[:2], 2)
     np.testing.assert_array_equal(result.tokens, texts[:2, :2])
