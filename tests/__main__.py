@@ -3,10 +3,12 @@
 python -m tests [arguments for pytest]
 """
 
+import os
 import pathlib
 import shlex
 import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -21,11 +23,16 @@ CHECKS = (
 
 def main() -> None:
     """Run the checks in order and exit with the status of the first that fails."""
-    for check in CHECKS:
-        print("+", shlex.join(check), flush=True)
-        status = subprocess.run([sys.executable, "-m", *check], cwd=ROOT, check=False).returncode
-        if status:
-            raise SystemExit(status)
+    with tempfile.TemporaryDirectory() as cache:
+        # Both workers and the programs that tests start compile many of the same programs.
+        shared = {"JAX_COMPILATION_CACHE_DIR": cache}
+        shared |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+        for check in CHECKS:
+            print("+", shlex.join(check), flush=True)
+            command = [sys.executable, "-m", *check]
+            done = subprocess.run(command, cwd=ROOT, env=os.environ | shared, check=False)
+            if done.returncode:
+                raise SystemExit(done.returncode)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from train import train as program
 from train.config import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
+CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR")
 
 CONFIG = """
 objective: target
@@ -47,7 +48,7 @@ def start(folder, steps: int) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     inherited = {name: os.environ[name] for name in os.environ if name != "TPU_LIBRARY_PATH"}
     common = {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    common |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    common |= {"JAX_COMPILATION_CACHE_DIR": CACHE or str(folder / "cache")}
     common |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     command = [sys.executable, "-m", "train.train", "--multihost"]
     command += ["--config", str(folder / "config.yaml"), f"run.folder={folder / 'run'}"]

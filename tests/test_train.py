@@ -28,6 +28,7 @@ from train.anchors import sample_anchors
 from train.config import TrainConfig, load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
+CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR")
 STEPS, SAVED, KILLED = 30, 10, 25
 CLOCK = {"seconds", "tokens_per_second", "step_seconds"}
 
@@ -117,7 +118,7 @@ def program_run(workplace, *arguments, source=None, **environment) -> subprocess
         "JAX_PLATFORMS": "cpu",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "JAX_COMPILATION_CACHE_DIR": str(workplace / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": CACHE or str(workplace / "cache"),
     }
     return subprocess.run(
         [sys.executable, *command, *arguments],
