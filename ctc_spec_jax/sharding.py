@@ -92,6 +92,21 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
 
 
+def mesh_of(sizes: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """``make_mesh`` of sizes like ``data=1,fsdp=1,tensor=8``; an axis that is left out is 1.
+
+    Raises:
+      InputError: another axis, no number, or a product that is not the number of devices.
+    """
+    found = {}
+    for part in sizes.split(","):
+        match = re.fullmatch(r"(data|fsdp|tensor)=(-?\d+)", part.strip())
+        if not match:
+            raise InputError(f"mesh: expected data=1,fsdp=1,tensor=8 or so, found {sizes!r}")
+        found[match[1]] = int(match[2])
+    return make_mesh(**found, devices=devices)
+
+
 def spec(mesh, axes: Axes, shape: Sequence[int]) -> P:
     """Partition of an array of logical ``axes`` on a mesh; what does not divide stays whole."""
     places: list[tuple[str, ...] | None] = []

@@ -99,7 +99,7 @@ def round_timer(engine: Engine, batch: int, fields: dict[str, Any]) -> Callable[
 def in_turns(timers: dict[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
     """Median seconds of every timer; they take turns, so that noise hits all alike."""
     found: dict[Any, list[float]] = {name: [] for name in timers}
-    for _ in range(repeats):
+    for _ in tqdm(range(repeats), unit=" turns", leave=False):
         for name, timer in timers.items():
             # A turn lasts a quarter of a second at least: one call of a small program would not.
             began = time.perf_counter()

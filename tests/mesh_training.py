@@ -22,13 +22,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 from ctc_spec_jax import sharding
 from ctc_spec_jax.checkpoint import Checkpoints, load_params, save_params
-from ctc_spec_jax.draft.ctc import CTCDrafter, CTCNetwork, ctc_config
+from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from tests.helpers import VOCAB, tiny_target
 from train import step as steps
 from train.config import TrainConfig, _build
-from train.drafter import DrafterObjective
+from train.drafter import DrafterObjective, loss_of
 from train.target import TargetObjective
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 2, 4)}
@@ -60,7 +60,7 @@ def objective_of(name, mesh):
     if name == "drafter":
         made.lm, made.frozen = lm, jax.device_put(params, sharding.parameters(mesh, params))
         made.drafter = CTCDrafter(ctc_config(lm.config, 1, 4, (0, 1), 32), PrefixTree(4, 3))
-        made.network = CTCNetwork(made.drafter.config, True)
+        made.drafter_loss = loss_of(made.config, mesh, lm, made.drafter)
     return made
 
 

@@ -2,8 +2,6 @@
 
 Many anchors per sequence; each is one draft: the target's next K tokens given all before it. The
 target runs inside the same jitted step, so no hidden states are stored.
-
-Shape letters: B rows, T tokens, A anchors, F frames, K labels, D width.
 """
 
 from __future__ import annotations
@@ -11,23 +9,42 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ctc_spec_jax import losses, recipes, sharding
+from ctc_spec_jax import recipes, sharding
 from ctc_spec_jax.checkpoint import save_params
-from ctc_spec_jax.chunked_head import chunked_frame_log_probs
 from ctc_spec_jax.cli import DTYPES
 from ctc_spec_jax.decode import Loop
-from ctc_spec_jax.draft.ctc import CTCDrafter, CTCNetwork, ctc_config, published
+from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, ctc_config, published
 from ctc_spec_jax.errors import InputError
-from ctc_spec_jax.models.decoder import output_head
+from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.verify import Greedy
 from train import evaluate, plan, runs
-from train.anchors import sample_anchors
 from train.config import TrainConfig
+from train.draft_loss import DrafterLoss
 from train.source import DocumentSource
+
+
+def loss_of(config: TrainConfig, mesh: Mesh, lm: DecoderLM, drafter: CTCDrafter) -> DrafterLoss:
+    """The loss that a configuration describes."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch, dtype = config.batch, DTYPES[config.dtype]
+    return DrafterLoss(lm, drafter, config.loss, batch.anchors, dtype, batch.remat, shards)
+
+
+def network_of(config: TrainConfig, lm: DecoderLM) -> CTCConfig:
+    """The drafter's network that a configuration describes.
+
+    Raises:
+      InputError: taps that the target does not have.
+    """
+    shape, last = config.drafter, lm.config.num_layers - 1
+    if any(not 0 <= tap <= last for tap in shape.taps):
+        raise InputError(f"drafter.taps: expected layers 0..{last}, found {list(shape.taps)}")
+    if shape.preset == "published":
+        return published(lm.config)
+    return ctc_config(lm.config, shape.layers, shape.frames, shape.taps, shape.mlp_width)
 
 
 class DrafterObjective:
@@ -41,20 +58,12 @@ class DrafterObjective:
         self.stops = recipes.stop_ids(config.target, self.tokenizer)
         self.source = DocumentSource(config, self.tokenizer, self.lm.vocab_size)
         self.fingerprint, self.record = self.source.fingerprint, self.source.record
-        network = self._network_config()
+        network = network_of(config, self.lm)
         tree = PrefixTree(config.drafter.tree_nodes, min(config.loss.labels, network.frames))
         self.drafter = CTCDrafter(network, tree)
-        self.network = CTCNetwork(network, config.batch.remat)
+        self.drafter_loss = loss_of(config, mesh, self.lm, self.drafter)
         self.initial = self._initial()
         self._heldout = jax.jit(lambda p, f, b, k: self.loss(p, f, b, k)[::2])
-
-    def _network_config(self):
-        shape, last = self.config.drafter, self.lm.config.num_layers - 1
-        if any(not 0 <= tap <= last for tap in shape.taps):
-            raise InputError(f"drafter.taps: expected layers 0..{last}, found {list(shape.taps)}")
-        if shape.preset == "published":
-            return published(self.lm.config)
-        return ctc_config(self.lm.config, shape.layers, shape.frames, shape.taps, shape.mlp_width)
 
     def _initial(self):
         """Parameters of ``drafter.init_from``, or None."""
@@ -71,11 +80,10 @@ class DrafterObjective:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of a step: the target forward, the drafter three times that."""
+        """Floating-point operations of a step."""
         batch = self.config.batch
-        target = plan.forward_flops(self.lm.config, batch.rows, batch.length, head=False)
-        drafter = plan.drafter_flops(self.drafter.config, batch.rows, batch.length, batch.anchors)
-        return target + 3 * drafter
+        shape = (self.lm.config, self.drafter.config)
+        return plan.step_flops(*shape, batch.rows, batch.length, batch.anchors)
 
     def init(self, key):
         """Fresh float32 parameters. ``key`` is consumed."""
@@ -86,37 +94,8 @@ class DrafterObjective:
         return self.source.batches(start)
 
     def loss(self, params, frozen, batch, keys):
-        """Weighted objectives of one micro-batch; see ``step.Objective``.
-
-        Metrics: the objectives, and ``prefix_at`` [K], the drafter's probability that its draft
-        begins with the target's next k tokens.
-        """
-        weights = self.config.loss
-        params = jax.tree.map(lambda x: x.astype(self.dtype), params)
-        anchors, labels, label_lengths = sample_anchors(
-            keys, batch, self.config.batch.anchors, weights.labels
-        )
-        places = batch["segments"], batch["positions"]
-        _, taps = self.lm.packed_hidden(frozen, batch["tokens"], *places, self.drafter.taps)
-        pending = frozen["embedding"][jnp.take_along_axis(batch["tokens"], anchors, axis=1)]
-        hidden: Any = self.network.apply(
-            {"params": params}, taps, pending, anchors, *places, method="anchor_hidden"
-        )
-        labels, label_lengths = labels.reshape(-1, weights.labels), label_lengths.reshape(-1)
-        blank, label = chunked_frame_log_probs(
-            hidden.reshape(-1, *hidden.shape[2:]),
-            output_head(frozen),
-            params["blank"],
-            labels,
-            weights.chunk * self.mesh.shape["data"] * self.mesh.shape["fsdp"],
-            params["blank_bias"],
-        )
-        decay = weights.decay ** jnp.arange(weights.labels, dtype=jnp.float32)
-        named = {name: getattr(weights, name) for name in losses.OBJECTIVES}
-        loss, values = losses.draft_loss(
-            blank, label, labels, label_lengths, named, decay / jnp.sum(decay)
-        )
-        return loss, jnp.sum(label_lengths > 0), values
+        """See ``DrafterLoss.loss``."""
+        return self.drafter_loss.loss(params, frozen, batch, keys)
 
     def evaluate(self, params) -> dict[str, float]:
         """Held-out objectives, and the accepted length of the real decoder with its interval.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -30,15 +31,39 @@ def forward_flops(config: DecoderConfig, rows: int, length: int, head: bool) -> 
 
 
 def drafter_flops(config: CTCConfig, rows: int, length: int, anchors: int) -> float:
-    """Operations of the forward pass of ``rows`` x ``anchors`` drafts, the LM head included."""
-    c = config
+    """Operations of the forward pass of ``rows`` x ``anchors`` drafts, the LM head included.
+
+    An anchor sees half of the row on average.
+    """
+    return 2.0 * rows * sum(_drafter_products(config, length, anchors))
+
+
+def step_flops(
+    target: DecoderConfig, drafter: CTCConfig, rows: int, length: int, anchors: int
+) -> float:
+    """Operations of a step of drafter training: what the result needs, nothing computed twice.
+
+    The target's layers up to the last tap once. The drafter's products three times, forward and
+    for both gradients, but twice where one side is frozen: the LM head, taps, embeddings.
+    """
+    layers = max(drafter.taps) + 1
+    target = dataclasses.replace(target, num_layers=layers, windows=target.windows[:layers])
+    frozen, trained = _drafter_products(drafter, length, anchors)
+    forward = forward_flops(target, rows, length, head=False)
+    return forward + 2.0 * rows * (2 * frozen + 3 * trained)
+
+
+def _drafter_products(c: CTCConfig, length: int, anchors: int) -> tuple[int, int]:
+    """Multiply-adds of a row's forward pass: products with something frozen, and the others."""
     heads, kv = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
-    context = len(c.taps) * c.width * c.width + c.num_layers * 2 * c.width * kv
     layer = c.width * (heads + 2 * kv) + heads * c.width + 3 * c.width * c.mlp_width
-    scores = heads * (length + 2 * anchors * c.frames)
-    frame = c.num_layers * (layer + scores) + c.width * c.vocab_size
-    drafts = anchors * (2 * c.width * c.width + c.frames * frame)
-    return 2.0 * rows * (length * context + drafts)
+    scores = heads * (length + 2 * c.frames)
+    half_start = anchors * c.width * c.width
+    frozen = length * len(c.taps) * c.width * c.width + half_start
+    frozen += anchors * c.frames * c.width * c.vocab_size
+    trained = length * c.num_layers * 2 * c.width * kv + half_start
+    trained += anchors * c.frames * c.num_layers * (layer + scores)
+    return frozen, trained
 
 
 def shapes_table(tree, mesh: Mesh) -> str:

@@ -1,0 +1,86 @@
+"""What a step of drafter training computes: target, drafter, head and objectives, without files.
+
+Shape letters: B rows, T tokens, A anchors, F frames, K labels, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ctc_spec_jax import losses
+from ctc_spec_jax.chunked_head import chunked_frame_log_probs
+from ctc_spec_jax.draft.ctc import CTCDrafter, CTCNetwork
+from ctc_spec_jax.models.decoder import DecoderLM, output_head
+from ctc_spec_jax.types import Params
+from train.anchors import sample_anchors
+from train.config import Loss
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterLoss:
+    """Weighted CTC objectives over random anchors; a ``step.Objective``.
+
+    ``shards`` counts the devices that share the rows of a batch; ``remat`` recomputes the
+    drafter's layers in the backward pass instead of keeping their intermediates.
+    """
+
+    lm: DecoderLM
+    drafter: CTCDrafter
+    weights: Loss
+    anchors: int
+    dtype: Any = jnp.float32
+    remat: bool = False
+    shards: int = 1
+
+    def loss(self, params: Params, frozen: Params, batch, keys):
+        """Weighted objectives of one micro-batch; see ``step.Objective``.
+
+        Metrics: the objectives, and ``prefix_at`` [K], the drafter's probability that its draft
+        begins with the target's next k tokens.
+        """
+        hidden, labels, label_lengths = self.draft(params, frozen, batch, keys)
+        loss, values = self.score(params, frozen, hidden, labels, label_lengths)
+        return loss, jnp.sum(label_lengths > 0), values
+
+    def taps(self, frozen: Params, batch) -> tuple[jax.Array, ...]:
+        """Hidden states of the target that the drafter sees, each [B, T, D]."""
+        places = batch["segments"], batch["positions"]
+        return self.lm.packed_hidden(frozen, batch["tokens"], *places, self.drafter.taps)[1]
+
+    def draft(self, params: Params, frozen: Params, batch, keys):
+        """Hidden states of the frames [B*A, F, D], labels int32 [B*A, K] and their number [B*A]."""
+        anchors, labels, lengths = sample_anchors(keys, batch, self.anchors, self.weights.labels)
+        pending = frozen["embedding"][jnp.take_along_axis(batch["tokens"], anchors, axis=1)]
+        hidden: Any = CTCNetwork(self.drafter.config, self.remat).apply(
+            {"params": self._cast(params)},
+            self.taps(frozen, batch),
+            pending,
+            anchors,
+            batch["segments"],
+            batch["positions"],
+            method="anchor_hidden",
+        )
+        hidden = hidden.reshape(-1, *hidden.shape[2:])
+        return hidden, labels.reshape(-1, self.weights.labels), lengths.reshape(-1)
+
+    def score(self, params: Params, frozen: Params, hidden, labels, label_lengths):
+        """Loss and objectives of what ``draft`` gives: the LM head and all after it."""
+        params, weights = self._cast(params), self.weights
+        blank, label = chunked_frame_log_probs(
+            hidden,
+            output_head(frozen),
+            params["blank"],
+            labels,
+            weights.chunk * self.shards,
+            params["blank_bias"],
+        )
+        decay = weights.decay ** jnp.arange(weights.labels, dtype=jnp.float32)
+        named = {name: getattr(weights, name) for name in losses.OBJECTIVES}
+        return losses.draft_loss(blank, label, labels, label_lengths, named, decay / jnp.sum(decay))
+
+    def _cast(self, params: Params) -> Params:
+        return jax.tree.map(lambda x: x.astype(self.dtype), params)
