@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from ctc_spec_jax import hlo, sharding
 from ctc_spec_jax.errors import InputError
@@ -32,6 +31,8 @@ _ENVIRONMENT = {
     # Without them the library asks the metadata server of a cloud machine, and waits for it.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    # One process at a time may hold chips, but these hold none.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
@@ -44,20 +45,6 @@ class Topology:
     name: str
     devices: tuple[Any, ...]
     memory: int
-
-    def mesh(self, sizes: str) -> Mesh:
-        """Mesh of all chips, of sizes like ``data=1,fsdp=1,tensor=8``; one of them may be -1.
-
-        Raises:
-          InputError: another axis, no number, or a product that is not the number of chips.
-        """
-        found = {}
-        for part in sizes.split(","):
-            match = re.fullmatch(r"(data|fsdp|tensor)=(-?\d+)", part.strip())
-            if not match:
-                raise InputError(f"mesh: expected data=1,fsdp=1,tensor=8 or so, found {sizes!r}")
-            found[match[1]] = int(match[2])
-        return sharding.make_mesh(**found, devices=self.devices)
 
 
 def topology(name: str) -> Topology:
@@ -183,32 +170,28 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
-def columns(programs: dict[str, Program], chip: int, loop: str, rest: str) -> str:
+def columns(programs: dict[str, Program], chip: int, turn: str) -> str:
     """The figures as aligned text, a column per program.
 
     Args:
-      programs: by their titles; cycles are also given in those of the first.
+      programs: by their titles; cycles of a turn are also given in those of the first.
       chip: bytes of a chip.
-      loop: what one turn of the main loop is.
-      rest: what runs outside of it.
+      turn: what one turn of the main loop is.
     """
-    mib, first = 2**20, next(iter(programs.values()))
+    mib, found = 2**20, list(programs.values())
     lines = [("", *programs)]
     for name in ("arguments", "temporaries", "output", "alias", "code", "total"):
-        sizes = (getattr(p.memory, name) / mib for p in programs.values())
-        lines.append((f"{name}, MiB", *(f"{size:,.1f}" for size in sizes)))
-    lines.append(
-        ("of a chip's memory", *(f"{p.memory.total / chip:.1%}" for p in programs.values()))
-    )
-    for part, title in (("loop", loop), ("rest", rest)):
-        parts = [getattr(p, part) for p in programs.values()]
+        lines.append((f"{name}, MiB", *(f"{getattr(p.memory, name) / mib:,.1f}" for p in found)))
+    lines.append(("of a chip's memory", *(f"{p.memory.total / chip:.1%}" for p in found)))
+    for title, parts in ((turn, [p.loop for p in found]), ("outside", [p.rest for p in found])):
         lines.append((title, *("" for _ in parts)))
-        for kind in sorted({kind for p in parts for kind in p.collectives}):
-            traffic = [p.collectives.get(kind, hlo.Traffic(0, 0)) for p in parts]
-            lines.append(
-                (f"  {kind}, MiB", *(f"{t.count} x, {t.bytes / mib:.2f}" for t in traffic))
-            )
-        lines.append(("  copies of caches", *(str(p.copies) for p in parts)))
-        whole = getattr(first, part).cycles or 1
-        lines.append(("  cycles", *(f"{p.cycles:,} ({p.cycles / whole:.2f})" for p in parts)))
-    return "\n".join(f"{name:<26}" + "".join(f"{x:>22}" for x in found) for name, *found in lines)
+        for kind in sorted({kind for part in parts for kind in part.collectives}):
+            traffic = [part.collectives.get(kind, hlo.Traffic(0, 0)) for part in parts]
+            shown = (f"{t.count} x, {t.bytes / mib:.2f}" for t in traffic)
+            lines.append((f"  {kind}, MiB", *shown))
+        lines.append(("  copies of caches", *(str(part.copies) for part in parts)))
+        lines.append(("  cycles", *(f"{part.cycles:,}" for part in parts)))
+        if title == turn:
+            first = parts[0].cycles or 1
+            lines.append(("  in the first's", *(f"{part.cycles / first:.2f}" for part in parts)))
+    return "\n".join(f"{name:<26}" + "".join(f"{x:>18}" for x in row) for name, *row in lines)

@@ -189,9 +189,8 @@ def copies(program: Iterable[Instruction], shapes: Collection[Shape]) -> int:
     count = 0
     for instruction in program:
         if instruction.opcode in ("copy", "copy-start") and instruction.results[0] in shapes:
-            # Memory space 1 is the fast one: what is fetched there is read, not copied.
-            target = instruction.line.split(" = ", 1)[1].split("}", 1)[0]
-            count += "S(1)" not in target
+            # Memory space 1 is the fast one: fetching into it and writing back is no copy.
+            count += "S(1)" not in _split_type(instruction.line.split(" = ", 1)[1])[0]
     return count
 
 

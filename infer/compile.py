@@ -3,11 +3,11 @@
     python -m infer.compile --topology v5e:2x4 --model configs/models/llama2_7b.json \
         --mesh tensor=8 --batch 8 --prompt 512 --new-tokens 512 --tree-nodes 16
 
-Needs package libtpu (extra tpu-aot). Plain decoding is compiled and, for more than one tree node,
-decoding with an untrained CTC drafter. Printed per chip: memory; collectives, copies of caches and
-the compiler's estimate of cycles of one round (a turn of the loop: draft, verify, accept), and of
-the prefill with all else. The estimate adds up products, fusions and copies; time on the wires is
-not in it, nor is anything measured. The exit status is 2 where a program does not fit.
+Needs package libtpu (extra tpu-aot). Compiled are plain rounds, rounds with a CTC drafter, whose
+weights do not matter, and the prefill. Printed per chip: memory; collectives, copies of caches and
+the compiler's estimate of cycles, of one round (a turn of the loop: draft, verify, accept) and of
+what runs outside the loop. The estimate adds up products, fusions and copies; time on the wires
+is not in it, and nothing is measured. The exit status is 2 where a program does not fit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -63,30 +62,57 @@ def arguments_of(
     )
 
 
-def compile_decode(
-    slice_: aot.Topology,
-    mesh: Mesh,
+def programs_of(
     lm: DecoderLM,
     params: Params,
     drafter: tuple[Drafter, Any],
     sizes: tuple[int, int, int],
     dtype,
-) -> aot.Program:
-    """The program of a whole decode; ``sizes`` are batch, prompt and new tokens."""
+    mesh: Mesh,
+):
+    """Prefill and rounds, each a function that lowers it, and the shapes of caches on a chip.
+
+    ``sizes`` are batch, prompt and new tokens. The rounds are those of ``decode.advance``, to
+    which the state is donated.
+    """
     draft, init = drafter
     batch, prompt, new = sizes
     loop = Loop(lm, draft, TargetSample(), new)
     draft_params = recipes.abstract_params(init, dtype)
     weights, given, state = arguments_of(loop, params, draft_params, batch, prompt, mesh)
-    jitted = jax.jit(decode.decode, static_argnums=0)
-    what = f"decode of {batch} rows on {slice_.name}"
-    with jax.set_mesh(mesh):
-        return aot.compile_program(
-            lambda: jitted.lower(loop, *weights, *given),
-            what,
-            slice_.memory,
-            aot.part_shapes(state),
-        )
+    start = jax.jit(decode.start, static_argnums=0)
+    advance = jax.jit(decode.advance, static_argnums=0, donate_argnums=3)
+    rounds = jax.ShapeDtypeStruct((), jnp.int32)
+    lowered = {
+        "prefill": lambda: start.lower(loop, *weights, *given),
+        "rounds": lambda: advance.lower(loop, *weights, state, given[2], rounds),
+    }
+    return lowered, aot.part_shapes(state)
+
+
+def compile_all(
+    given: argparse.Namespace, slice_: aot.Topology, found: dict[str, aot.Program]
+) -> None:
+    """Compile plain rounds, rounds with a drafter and the prefill, into ``found`` by title.
+
+    Raises:
+      InputError: bad sizes, or a program that does not fit; those before it are in ``found``.
+    """
+    dtype, mesh = DTYPES[given.dtype], sharding.mesh_of(given.mesh, slice_.devices)
+    lm, params = recipes.abstract_target(given.model, dtype, given.layers)
+    sizes = (given.batch, given.prompt, given.new_tokens)
+    shape = (given.drafter_layers, given.frames, given.depth)
+    nodes = sorted({1, given.tree_nodes})
+    work = [(n, "rounds") for n in nodes] + [(nodes[-1], "prefill")]
+    for count, kind in tqdm(work, unit=" programs"):
+        title = "prefill" if kind == "prefill" else "plain" if count == 1 else f"{count} nodes"
+        what = f"{title} of {given.batch} rows on {slice_.name}"
+        lowered, caches = programs_of(lm, params, drafter_of(lm, count, *shape), sizes, dtype, mesh)
+        with jax.set_mesh(mesh):
+            found[title] = aot.compile_program(lowered[kind], what, slice_.memory, caches)
+        needed = found[title].memory.total
+        if needed > slice_.memory:
+            raise InputError(aot.does_not_fit(what, needed, slice_.memory))
 
 
 def add_result(path: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
@@ -129,39 +155,21 @@ def main() -> None:
     given = parser().parse_args()
     check_counts(given, ("batch", "prompt", "new_tokens", "tree_nodes"))
     check_json(given.json)
-    dtype = DTYPES[given.dtype]
-    lm, params = recipes.abstract_target(given.model, dtype, given.layers)
     slice_ = aot.topology(given.topology)
-    mesh = slice_.mesh(given.mesh)
-    shape = (given.drafter_layers, given.frames, given.depth)
     settings = {name: value for name, value in vars(given).items() if name != "json"}
-    programs, problem = {}, None
-    for nodes in tqdm(sorted({1, given.tree_nodes}), unit=" programs"):
-        try:
-            program = compile_decode(
-                slice_,
-                mesh,
-                lm,
-                params,
-                (drafter_of(lm, nodes, *shape)),
-                (given.batch, given.prompt, given.new_tokens),
-                dtype,
-            )
-        except InputError as error:
-            problem = error
-            break
-        programs["plain" if nodes == 1 else f"{nodes} nodes"] = program
-        if program.memory.total > slice_.memory:
-            what = f"decode of {given.batch} rows on {slice_.name}"
-            problem = InputError(aot.does_not_fit(what, program.memory.total, slice_.memory))
-    if programs:
+    found: dict[str, aot.Program] = {}
+    problem = None
+    try:
+        compile_all(given, slice_, found)
+    except InputError as error:
+        problem = error
+    if found:
         print(f"one chip of {slice_.name}, mesh {given.mesh}, {pathlib.Path(given.model).stem}")
-        print(aot.columns(programs, slice_.memory, "a round", "prefill and the rest"))
+        print(aot.columns(found, slice_.memory, "a round"), flush=True)
     if given.json:
-        figures = {name: aot.as_dict(program) for name, program in programs.items()}
-        found = {"chip_bytes": slice_.memory, "programs": figures, "problem": str(problem or "")}
-        add_result(given.json, settings, found)
-    sys.stdout.flush()
+        figures = {name: aot.as_dict(program) for name, program in found.items()}
+        result = {"chip_bytes": slice_.memory, "programs": figures, "problem": str(problem or "")}
+        add_result(given.json, settings, result)
     if problem:
         raise problem
 

@@ -93,10 +93,12 @@ class CTCNetwork(nn.Module):
     """Parameters and forward pass of the drafter; the LM head is the target's, frozen.
 
     ``remat`` recomputes every layer in a backward pass instead of keeping its intermediates.
+    Scores exist for ``attention_chunk`` anchors at a time.
     """
 
     config: CTCConfig
     remat: bool = False
+    attention_chunk: int = 16
 
     def setup(self):
         c = self.config
@@ -175,14 +177,12 @@ class CTCNetwork(nn.Module):
             + self.frame_embedding[None, None]
         )
         x = x.reshape(batch, num_anchors * c.frames, width)
-        owner = jnp.repeat(jnp.arange(num_anchors, dtype=jnp.int32), c.frames)
-        frame = jnp.tile(jnp.arange(c.frames, dtype=jnp.int32), num_anchors)
-        angles = self._angles(jnp.take(positions, owner, axis=1) + frame[None])
-        past_mask = jnp.take(visible, owner, axis=1)  # [B, A*F, S]
-        block = jnp.broadcast_to((owner[:, None] == owner[None])[None], (batch, *2 * owner.shape))
+        frame = jnp.arange(c.frames, dtype=jnp.int32)
+        places = positions[..., None] + frame[None, None]
+        angles = self._angles(places.reshape(batch, num_anchors * c.frames))
         run = jax.checkpoint(self._layer) if self.remat else self._layer
         for layer, past in zip(self.layers, context, strict=True):
-            x = constrain(run(layer, x, angles, block, past, past_mask), HIDDEN)
+            x = constrain(run(layer, x, angles, past, visible), HIDDEN)
         x = layers.rms_norm(x, self.norm, c.norm_eps)
         return x.reshape(batch, num_anchors, c.frames, width)
 
@@ -196,15 +196,15 @@ class CTCNetwork(nn.Module):
     def _row(self, rank: int):
         return self.blank.reshape((1,) * (rank - 1) + self.blank.shape)
 
-    def _layer(self, layer, x, angles, block, past, past_mask):
+    def _layer(self, layer, x, angles, past, visible):
         c = self.config
         group = c.num_heads // c.num_kv_heads
         fused = layers.linear(layers.rms_norm(x, layer["attention_norm"], c.norm_eps), layer["qkv"])
         query = layers.rotate(fused[..., :group, :], angles)
         key = layers.rotate(fused[..., group, :], angles)
-        new = kv_cache.from_heads(key, fused[..., group + 1, :])
-        mixed = layers.attend(query, new, block, past, past_mask)
-        x = x + layers.linear(mixed.reshape(*mixed.shape[:2], -1), layer["output"])
+        value = fused[..., group + 1, :]
+        mixed = layers.attend_groups(query, key, value, past, visible, self.attention_chunk)
+        x = x + layers.linear(mixed.reshape(*x.shape[:2], -1), layer["output"])
         h = layers.rms_norm(x, layer["mlp_norm"], c.norm_eps)
         return x + layers.gated_mlp(h, layer["gate_up"], layer["down"])
 
@@ -317,7 +317,7 @@ class CTCDrafter:
     def propose(self, params: Params, state, context: DraftContext, keys) -> DraftTree:
         """One pass of the network, then the tree of each row; deterministic."""
         del keys
-        pending = context.params["embedding"][context.pending][:, None]
+        pending = layers.embed(context.params["embedding"], context.pending[:, None])
         place = context.length[:, None]
         slots = jnp.arange(kv_cache.num_slots(state["kv"]), dtype=jnp.int32)
         visible = slots[None, None] < place[..., None]

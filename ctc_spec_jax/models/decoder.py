@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         embedding = self.param("embedding", _INIT, (c.vocab_size, c.width))
         if not c.tied_embeddings:
             self.param("head", _INIT, (c.width, c.vocab_size))
-        x = constrain(embedding[tokens], HIDDEN)
+        x = layers.embed(embedding, tokens)
         frequencies = layers.rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
         angles = layers.rope_angles(positions, frequencies)
         masks = {w: _masks(mask, positions, past, length, w) for w in {*c.windows} or {0}}

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctc_spec_jax.chunked_head import map_chunks
 from ctc_spec_jax.models.config import RopeScaling
+from ctc_spec_jax.sharding import HIDDEN, constrain
 
 MASKED = -1e30
 """Score of a masked key. Finite, so that a row whose keys are all masked gives no NaN."""
@@ -24,6 +26,13 @@ def rms_norm(x, scale, eps: float):
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     shape = (1,) * (x.ndim - 1) + scale.shape
     return scale.astype(x.dtype).reshape(shape) * wide.astype(x.dtype)
+
+
+def embed(table, tokens):
+    """Rows [B, N, D] of ``table`` [V, D] for tokens int32 [B, N]."""
+    # Looked up in slices of the width, rows could not be spread over the same chips.
+    table = constrain(table, ("vocab", None))
+    return constrain(table[tokens], HIDDEN)
 
 
 def linear(x, kernel, bias=None):
@@ -108,13 +117,65 @@ def attend(query, new, new_mask, past=None, past_mask=None):
     return jnp.transpose(mixed, (0, 3, 1, 2, 4)).astype(query.dtype)
 
 
+def attend_groups(query, key, value, past, visible, at_a_time: int):
+    """Attention of A groups of F rows: a row attends to its group and to what that sees of a cache.
+
+    With more than ``at_a_time`` groups, scores exist for that many, and a backward pass makes them
+    again: kept, they would grow with A times S.
+
+    Args:
+      query: [B, A*F, K, G, C], the rows of a group side by side.
+      key, value: [B, A*F, K, C].
+      past: cached keys [B, K, C, S] and values [B, K, S, C].
+      visible: bool [B, A, S].
+      at_a_time: of A.
+
+    Returns:
+      [B, A*F, K, G, C] in the query's dtype.
+    """
+
+    def some(part):
+        query, key, value, visible = (jnp.moveaxis(x, 0, 1) for x in part)
+        batch, groups, rows = query.shape[:3]
+        owner = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), rows)
+        own = jnp.broadcast_to((owner[:, None] == owner[None])[None], (batch, *2 * owner.shape))
+        key, value = (x.reshape(batch, groups * rows, *x.shape[3:]) for x in (key, value))
+        # As in kv_cache: keys [B, K, C, N], values [B, K, N, C].
+        new = jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
+        flat = query.reshape(batch, groups * rows, *query.shape[3:])
+        mixed = attend(flat, new, own, past, jnp.repeat(visible, rows, axis=1))
+        return jnp.moveaxis(mixed.reshape(query.shape), 1, 0)
+
+    batch, groups = visible.shape[:2]
+    parts = (x.reshape(batch, groups, -1, *x.shape[2:]) for x in (query, key, value))
+    parts = tuple(jnp.moveaxis(x, 1, 0) for x in (*parts, visible))
+    if groups > at_a_time:
+        mixed = map_chunks(jax.checkpoint(some), at_a_time, parts)
+    else:
+        mixed = some(parts)
+    return jnp.moveaxis(mixed, 0, 1).reshape(query.shape)
+
+
 def _batched(x, y):
     """``x [B, K, X, Y] @ y [B, K, Y, Z]`` in float32.
 
     Spelled out: einsum may swap the operands, and the cache would be transposed in every step.
     """
+    if x.shape[2] > 1:
+        return _product(x, y)
+    return jax.lax.platform_dependent(x, y, tpu=_product_of_one_row, default=_product)
+
+
+def _product(x, y):
     dimensions = (((3,), (2,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+
+
+def _product_of_one_row(x, y):
+    # XLA leaves a product of one row to the vector unit of a TPU, at four times the cycles that
+    # the matrix unit needs for a full tile of rows.
+    tile = jnp.broadcast_to(x, (*x.shape[:2], 8, x.shape[3]))
+    return _product(jax.lax.optimization_barrier(tile), y)[:, :, :1]
 
 
 def _join(function, parts):
