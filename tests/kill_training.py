@@ -58,12 +58,15 @@ def program(folder: pathlib.Path, module: str, *arguments) -> subprocess.Popen:
     )
 
 
-def finish(folder: pathlib.Path, module: str, *arguments) -> float:
-    """Run a program to its end; seconds it took."""
-    began = time.monotonic()
+def finish(folder: pathlib.Path, module: str, *arguments) -> None:
+    """Run a program to its end."""
     status = program(folder, module, *arguments).wait()
     assert status == 0, (folder / "errors.txt").read_text()
-    return time.monotonic() - began
+
+
+def lines_of(path: pathlib.Path) -> int:
+    """Lines of a file that may not be there yet."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def curve(folder: pathlib.Path) -> list[dict]:
@@ -93,16 +96,18 @@ def main() -> None:
         finish(folder, "train.regenerate", "--target", target, "--out", answers, *sources)
         command = (*train, folder / "drafter.yaml", f"target={target}", f"data.files=[{answers}]")
         finish(folder, *command, f"run.folder={folder / 'first'}")
-        seconds = finish(folder, *command, f"run.folder={folder / 'whole'}")
+        finish(folder, *command, f"run.folder={folder / 'whole'}")
 
-        killed = 0
+        killed, metrics = 0, folder / "killed" / "metrics.jsonl"
         for _ in tqdm(range(arguments.kills), unit=" kills"):
+            # On average a kill costs the steps since the last checkpoint, five of them.
+            until = lines_of(metrics) + draw.randint(1, 2 * arguments.steps // arguments.kills)
             process = program(folder, *command, f"run.folder={folder / 'killed'}")
-            try:
-                process.wait(draw.uniform(0.2, 0.7) * seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                killed += process.wait() == -signal.SIGKILL
+            while process.poll() is None and lines_of(metrics) < until:
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.05))
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
         finish(folder, *command, f"run.folder={folder / 'killed'}")
         whole, other = folder / "whole", folder / "killed"
         assert curve(whole) == curve(other), "the curves differ"
