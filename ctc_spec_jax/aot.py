@@ -10,7 +10,9 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Callable, Collection
 from typing import Any
@@ -131,14 +133,15 @@ def compile_program(
     """
     began = time.perf_counter()
     try:
-        compiled = lower().compile()
+        compiled, text = _compile(lower())
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"[Uu]sed ([\d.]+)([GM])\S* of ([\d.]+[GM])\S* hbm", str(error))
-        if not used:
+        used = re.search(r"required for ([\w ]+) \(([\d.]+)([GM])\) exceeds", str(error))
+        used = used or re.search(r"(program): [Uu]sed ([\d.]+)([GM])\S* of \S+ hbm", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
-        needed = float(used[1]) * (1 << (30 if used[2] == "G" else 20))
-        raise InputError(does_not_fit(what, needed, chip)) from error
-    loop, rest = hlo.summary(compiled.as_text(), caches)
+        needed = float(used[2]) * (1 << (30 if used[3] == "G" else 20))
+        raise InputError(does_not_fit(f"{what}, {used[1]} alone", needed, chip)) from error
+    loop, rest = hlo.summary(text, caches)
     found = compiled.memory_analysis()
     memory = Memory(
         found.argument_size_in_bytes,
@@ -148,6 +151,20 @@ def compile_program(
         found.generated_code_size_in_bytes,
     )
     return Program(memory, loop, rest, round(time.perf_counter() - began, 1))
+
+
+def _compile(lowered):
+    """A compiled program and its text."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        try:
+            return compiled, compiled.as_text()
+        except jax.errors.JaxRuntimeError:
+            # jaxlib cannot read all programs of a libtpu that is newer than itself. The compiler's
+            # own text is of the moment before it estimates cycles, and is without them.
+            (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+            return compiled, path.read_text()
 
 
 def does_not_fit(what: str, needed: float, chip: int) -> str:
@@ -190,7 +207,7 @@ def columns(programs: dict[str, Program], chip: int, turn: str) -> str:
             shown = (f"{t.count} x, {t.bytes / mib:.2f}" for t in traffic)
             lines.append((f"  {kind}, MiB", *shown))
         lines.append(("  copies of caches", *(str(part.copies) for part in parts)))
-        lines.append(("  cycles", *(f"{part.cycles:,}" for part in parts)))
+        lines.append(("  cycles", *(f"{part.cycles:,}" if part.cycles else "-" for part in parts)))
         if title == turn:
             first = parts[0].cycles or 1
             lines.append(("  in the first's", *(f"{part.cycles / first:.2f}" for part in parts)))

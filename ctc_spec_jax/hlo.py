@@ -56,8 +56,8 @@ class Traffic:
 class Part:
     """Figures of a part of a program.
 
-    ``cycles`` adds up what the compiler of TPUs expects of every fusion and copy, and is 0
-    elsewhere. Time on the wires between chips is not in it.
+    ``cycles`` adds up what the compiler of TPUs expects of every fusion and copy; it is 0 where
+    the text does not say. Time on the wires between chips is not in it.
     """
 
     collectives: dict[str, Traffic]

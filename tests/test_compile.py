@@ -1,0 +1,102 @@
+"""The compiler of TPUs on tiny models; runs where package libtpu is installed."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ctc_spec_jax import aot, recipes, sharding
+from ctc_spec_jax.errors import InputError
+from infer import compile as program
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="package libtpu is not installed"
+)
+MODELS = {
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "vicuna_7b": 6_738_415_616,
+    "llama3.1_8b": 8_030_261_248,
+    "qwen3_8b": 8_190_735_360,
+}
+"""Published numbers of parameters."""
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Two layers with as many kv heads as chips."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps({"model_type": "llama", **shape, **heads}))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_of_published_models(name):
+    lm, shapes = recipes.abstract_target(f"configs/models/{name}.json", jnp.bfloat16)
+    leaves = jax.tree.leaves(shapes)
+    assert sum(x.size for x in leaves) == MODELS[name]
+    assert {x.dtype.name for x in leaves} == {"bfloat16"}
+    first, _ = recipes.abstract_target(f"configs/models/{name}.json", num_layers=2)
+    assert first.config.num_layers == 2 and first.config.width == lm.config.width
+
+
+@pytest.mark.parametrize("name", ["v5e", "v7:2x2", "v5e:2", "h100:8x8"])
+def test_bad_topologies(name):
+    with pytest.raises(InputError, match=f"topology: expected v4, v5e, .* found '{name}'"):
+        aot.topology(name)
+
+
+def arguments(model: str, topology: str, mesh: str, **changes) -> list[str]:
+    fields = {"batch": 4, "prompt": 32, "new-tokens": 32, "tree-nodes": 1, **changes}
+    flags = [f"--{name}={value}" for name, value in fields.items()]
+    return ["infer.compile", f"--topology={topology}", f"--model={model}", f"--mesh={mesh}", *flags]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "mesh", "parts"), [("v5e:2x2", "tensor=4", 4), ("v5p:2x2x1", "data=2,tensor=2", 2)]
+)
+def test_a_decode_for_chips(model, topology, mesh, parts, tmp_path, monkeypatch, capsys):
+    """Two sums per layer, one of embeddings and two of the arg-max; no cache is copied or moved.
+
+    ``data`` adds the one of the loop's condition.
+    """
+    path = tmp_path / "found.json"
+    monkeypatch.setattr("sys.argv", arguments(model, topology, mesh, json=path))
+    program.main()
+    assert "a round" in capsys.readouterr().out
+    (result,) = json.loads(path.read_text())["results"]
+    turn = result["programs"]["plain"]["loop"]
+    sums = 2 * 2 + 1 + 2 + ("data" in mesh)
+    assert {kind: x["count"] for kind, x in turn["collectives"].items()} == {"all-reduce": sums}
+    assert turn["copies"] == 0 and turn["cycles"] > 1000
+    weights = recipes.abstract_target(model, jnp.bfloat16)[1]
+    size = 2 * sum(x.size for x in jax.tree.leaves(weights))
+    assert size / parts < result["programs"]["plain"]["memory"]["arguments"] < size / parts + 2e6
+
+
+@needs_libtpu
+def test_a_batch_beyond_a_chip(model, monkeypatch, capsys):
+    """One sentence with both numbers, and status 2."""
+    monkeypatch.setattr(
+        "sys.argv", arguments(model, "v5e:2x2", "tensor=4", batch=64, **{"new-tokens": 1 << 20})
+    )
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "expected at most the 16.00 GiB of a chip" in error
+
+
+@needs_libtpu
+def test_order_of_parameters_on_chips():
+    """On chips qkv lies in the order that a decode reads; elsewhere as it is."""
+    chips = sharding.mesh_of("tensor=4", aot.topology("v5e:2x2").devices)
+    place = sharding.home(chips, "layer_1_qkv", (64, 4, 3, 8))
+    assert place.layout.major_to_minor == (1, 2, 0, 3)
+    assert sharding.home(chips, "head", (64, 32)) == sharding.parameter(chips, "head", (64, 32))
