@@ -44,26 +44,23 @@ def step_flops(
     """Operations of a step of drafter training: what the result needs, nothing computed twice.
 
     The target's layers up to the last tap once. The drafter's products three times, forward and
-    for both gradients, but twice where one side is frozen: the LM head, taps, embeddings.
+    for both gradients, but the frozen LM head twice.
     """
     layers = max(drafter.taps) + 1
     target = dataclasses.replace(target, num_layers=layers, windows=target.windows[:layers])
-    frozen, trained = _drafter_products(drafter, length, anchors)
+    head, others = _drafter_products(drafter, length, anchors)
     forward = forward_flops(target, rows, length, head=False)
-    return forward + 2.0 * rows * (2 * frozen + 3 * trained)
+    return forward + 2.0 * rows * (2 * head + 3 * others)
 
 
 def _drafter_products(c: CTCConfig, length: int, anchors: int) -> tuple[int, int]:
-    """Multiply-adds of a row's forward pass: products with something frozen, and the others."""
+    """Multiply-adds of a row's forward pass: of the LM head, and of all else."""
     heads, kv = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
+    context = len(c.taps) * c.width * c.width + c.num_layers * 2 * c.width * kv
     layer = c.width * (heads + 2 * kv) + heads * c.width + 3 * c.width * c.mlp_width
     scores = heads * (length + 2 * c.frames)
-    half_start = anchors * c.width * c.width
-    frozen = length * len(c.taps) * c.width * c.width + half_start
-    frozen += anchors * c.frames * c.width * c.vocab_size
-    trained = length * c.num_layers * 2 * c.width * kv + half_start
-    trained += anchors * c.frames * c.num_layers * (layer + scores)
-    return frozen, trained
+    draft = 2 * c.width * c.width + c.frames * c.num_layers * (layer + scores)
+    return anchors * c.frames * c.width * c.vocab_size, length * context + anchors * draft
 
 
 def shapes_table(tree, mesh: Mesh) -> str:
