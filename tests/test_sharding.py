@@ -41,22 +41,13 @@ def lines() -> list[dict]:
 
 
 def test_greedy_answers_equal_those_of_one_device(lines):
-    """Tokens, rounds and acceptance, whether or not ``tensor`` divides the kv heads."""
+    """Tokens, rounds and acceptance; ``tensor`` divides the two kv heads on two meshes of three."""
     compared = [line for line in lines if "mesh" in line]
-    assert [(line["mesh"], line["kv_heads"]) for line in compared] == [
-        ([8, 1, 1], 4),
-        ([1, 2, 4], 4),
-        ([2, 2, 2], 4),
-        ([1, 2, 4], 3),
-    ]
+    assert [line["mesh"] for line in compared] == [[8, 1, 1], [2, 2, 2], [1, 2, 4]]
     for line in compared:
         assert line["same"], line
         assert line["distinct"] == 8 and line["drafted"] > 0
-
-
-def test_a_stream_on_a_mesh(lines):
-    (line,) = [line for line in lines if "stream" in line]
-    assert line["stream"] and line["pieces"] > 2
+    assert compared[-1]["placed"]
 
 
 def test_a_round_moves_activations_only(lines):
@@ -67,10 +58,10 @@ def test_a_round_moves_activations_only(lines):
     telling the partitioner how, makes two more.
     """
     clean, fault = [line for line in lines if "fault" in line]
-    assert clean["placed"] and not clean["copies"]
+    assert not clean["copies"]
     assert clean["reduced"] == 12 < fault["reduced"]
     assert clean["gathered"] < clean["cache"] / 10
-    assert clean["part"] > 0.9 * clean["state"]
+    assert clean["aliased"] > 0.9 * clean["state"]
 
 
 def test_parameters_go_from_the_file_to_their_places(lines):
