@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,7 @@ class Checkpoints:
     that is killed while it saves, or that finds the disk full, resumes from the one before.
     """
 
-    def __init__(self, folder: str | pathlib.Path, keep: int, score: str = "accepted_length"):
+    def __init__(self, folder: str | os.PathLike, keep: int, score: str = "accepted_length"):
         self._score = score
         self.folder = epath.Path(folder)
         if "://" not in str(folder):
@@ -78,8 +79,8 @@ class Checkpoints:
     def best(self) -> int | None:
         """Step with the largest score, or None where none was scored."""
         step = self._manager.best_step()
-        scored = step is not None and self._manager.metrics(step)[self._score] > -math.inf
-        return step if scored else None
+        metrics: Any = None if step is None else self._manager.metrics(step)
+        return step if metrics and metrics[self._score] > -math.inf else None
 
     def preempted(self, step: int) -> bool:
         """Whether the machines are about to be taken away; the same answer on every host."""

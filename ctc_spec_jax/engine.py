@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ctc_spec_jax import decode as loop_of
-from ctc_spec_jax import demo, memory, options, recipes, sharding, stops, streaming, xla
+from ctc_spec_jax import demo, folders, memory, options, sharding, stops, streaming, xla
 from ctc_spec_jax.decode import Loop, NoDraft
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.generation import Generation, generation_of
@@ -70,16 +70,16 @@ class Engine:
         """
         if target is None:
             target, drafter = str(demo.target_folder()), drafter or str(demo.drafter_folder())
-        lm, params, tokenizer = recipes.load_target(target, dtype, revision, mesh)
-        ends = recipes.stop_ids(target, tokenizer, revision)
+        lm, params, tokenizer = folders.load_target(target, dtype, revision, mesh)
+        ends = folders.stop_ids(target, tokenizer, revision)
         engine = cls(lm, params, tokenizer, stop_ids=ends, mesh=mesh)
         return engine if drafter is None else engine.with_drafter(drafter, tree_nodes, dtype)
 
     def with_drafter(
         self, folder: str, tree_nodes: int, dtype=jnp.float32, tree: str = "prefix"
     ) -> Engine:
-        """The same target with a drafter of a folder; see ``recipes.load_drafter`` for ``tree``."""
-        drafter, params = recipes.load_drafter(
+        """The same target with a drafter of a folder; see ``folders.load_drafter`` for ``tree``."""
+        drafter, params = folders.load_drafter(
             folder, self.lm, self.tokenizer, tree_nodes, dtype, tree, self.mesh
         )
         return dataclasses.replace(self, drafter=drafter, draft_params=params)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ctc_spec_jax import aot, decode, recipes, sharding
+from ctc_spec_jax import aot, decode, folders, sharding
 from ctc_spec_jax.cli import DTYPES, exit_on_bad_input
 from ctc_spec_jax.decode import Loop, NoDraft
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
@@ -78,7 +78,7 @@ def programs_of(
     draft, init = drafter
     batch, prompt, new = sizes
     loop = Loop(lm, draft, TargetSample(), new)
-    draft_params = recipes.abstract_params(init, dtype)
+    draft_params = folders.abstract_params(init, dtype)
     weights, given, state = arguments_of(loop, params, draft_params, batch, prompt, mesh)
     start = jax.jit(decode.start, static_argnums=0)
     advance = jax.jit(decode.advance, static_argnums=0, donate_argnums=3)
@@ -99,7 +99,7 @@ def compile_all(
       InputError: bad sizes, or a program that does not fit; those before it are in ``found``.
     """
     dtype, mesh = DTYPES[given.dtype], sharding.mesh_of(given.mesh, slice_.devices)
-    lm, params = recipes.abstract_target(given.model, dtype, given.layers)
+    lm, params = folders.abstract_target(given.model, dtype, given.layers)
     sizes = (given.batch, given.prompt, given.new_tokens)
     shape = (given.drafter_layers, given.frames, given.depth)
     nodes = sorted({1, given.tree_nodes})

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ctc_spec_jax import recipes
+from ctc_spec_jax import folders
 from ctc_spec_jax.generation import Generation
 from train import regenerate
 
@@ -93,7 +93,7 @@ def run(arguments: list[str], errors: pathlib.Path, prepare=lambda: None) -> int
 def main() -> None:
     target, prompts, folder = sys.argv[1:]
     folder = pathlib.Path(folder)
-    tokenizer = recipes.load_tokenizer(target)
+    tokenizer = folders.load_tokenizer(target)
     tokenizer.model_max_length = 512
     regenerate.load = lambda arguments: Engine(tokenizer)
     regenerate.use_compilation_cache = lambda: None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config, published
+from ctc_spec_jax.draft.ctc import CTCDrafter, CTCNetwork, ctc_config, published
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.tree.ctc_transform import TransformTree, default_template
 from ctc_spec_jax.types import DraftTree
@@ -141,6 +141,35 @@ def test_training_pass_equals_decoding_pass(setting):
                 method="anchor_hidden",
             )
             np.testing.assert_allclose(trained[row, a], one[0, 0], rtol=2e-5, atol=2e-5)
+
+
+def test_few_anchors_at_a_time_change_nothing(setting):
+    """Frames and gradients are those of all anchors at once, also where the last part is short."""
+    lm, params, _, _, _, truth = setting
+    config = ctc_config(lm.config, 1, 3, taps=(0, 1))
+    draft_params = CTCDrafter(config, TREES["prefix"]).init_params(jax.random.key(4))
+    tokens = jnp.asarray(truth[:2, :14])
+    anchors = jnp.asarray([[0, 3, 9, 10, 12], [5, 6, 7, 8, 12]], jnp.int32)
+    taps = lm.hidden(params, tokens, jnp.full((2,), 14, jnp.int32), config.taps)[1]
+    pending = params["embedding"][jnp.take_along_axis(tokens, anchors, axis=1)]
+    places = jnp.tile(jnp.arange(14, dtype=jnp.int32)[None], (2, 1))
+    text = (taps, pending, anchors, (places > 4).astype(jnp.int32), places)
+
+    def run_with(at_a_time):
+        network = CTCNetwork(config, attention_chunk=at_a_time)
+
+        def total(p):
+            hidden = network.apply({"params": p}, *text, method="anchor_hidden")
+            return jnp.sum(jnp.sin(hidden)), hidden
+
+        (_, hidden), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(draft_params)
+        return hidden, grads
+
+    (hidden, grads), (other, other_grads) = run_with(5), run_with(2)
+    np.testing.assert_allclose(other, hidden, rtol=1e-5, atol=1e-5)
+    for name, grad in grads.items():
+        scale = float(jnp.max(jnp.abs(grad))) or 1.0
+        np.testing.assert_allclose(other_grads[name], grad, rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
 def test_blank_is_its_own_class(setting):

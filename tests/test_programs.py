@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from ctc_spec_jax import demo, recipes
+from ctc_spec_jax import demo, folders
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
 from ctc_spec_jax.engine import Engine, Generation
 from ctc_spec_jax.errors import InputError
@@ -68,7 +68,7 @@ def pair(tmp_path_factory) -> Pair:
     tokenizer.save_pretrained(folder / "target")
     drafter = CTCDrafter(ctc_config(lm.config, 1, 6), PrefixTree(8, 4))
     draft_params = drafter.init_params(jax.random.key(2))
-    recipes.save_drafter(folder / "drafter", drafter, draft_params, "tiny", tokenizer, {})
+    folders.save_drafter(folder / "drafter", drafter, draft_params, "tiny", tokenizer, {})
     return Pair(folder / "target", folder / "drafter")
 
 
@@ -229,7 +229,7 @@ def test_a_tokenizer_that_transformers_would_make_up(tmp_path):
     """For this family it answers a folder without tokenizer files with an empty tokenizer."""
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(InputError, match="target: expected tokenizer files in .*, found none"):
-        recipes.load_tokenizer(tmp_path)
+        folders.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -371,7 +371,7 @@ def test_a_drafter_folder_that_cannot_be_written(pair, tmp_path):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(InputError, match=r"folder: expected .* found .*file/drafter"):
-        recipes.save_drafter(
+        folders.save_drafter(
             file / "drafter", engine.drafter, engine.draft_params, "tiny", engine.tokenizer, {}
         )
     assert list(tmp_path.iterdir()) == [file]

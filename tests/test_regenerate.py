@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctc_spec_jax import recipes, xla
+from ctc_spec_jax import folders, xla
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
@@ -63,7 +63,7 @@ def place(tmp_path_factory):
     tokenizer.save_pretrained(folder / "target")
     drafter = CTCDrafter(ctc_config(lm.config, 1, 6), PrefixTree(8, 4))
     draft_params = jax.jit(drafter.init_params)(jax.random.key(2))
-    recipes.save_drafter(folder / "drafter", drafter, draft_params, "tiny", tokenizer, {})
+    folders.save_drafter(folder / "drafter", drafter, draft_params, "tiny", tokenizer, {})
     write(folder / "texts.jsonl", [{"id": f"t{i}", "prompt": t} for i, t in enumerate(TEXTS)])
     write(folder / "chats.jsonl", [{"id": i, "turns": [t, "go"]} for i, t in enumerate(TEXTS)])
     return folder
@@ -473,7 +473,7 @@ def test_other_options_do_not_go_on(refused, place, tmp_path, monkeypatch, capsy
 
 
 def tokenizer_of(place):
-    tokenizer = recipes.load_tokenizer(place / "target")
+    tokenizer = folders.load_tokenizer(place / "target")
     tokenizer.model_max_length = POSITIONS
     return tokenizer
 

@@ -16,15 +16,15 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from ctc_spec_jax import recipes
+from ctc_spec_jax import folders
 from ctc_spec_jax.checkpoint import Checkpoints, load_params
 from ctc_spec_jax.decode import NoDraft
+from ctc_spec_jax.draft.anchors import sample_anchors
 from ctc_spec_jax.errors import InputError
 from tests.helpers import run
 from train import regenerate, runs
 from train import step as steps
 from train import train as program
-from train.anchors import sample_anchors
 from train.config import TrainConfig, load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -178,7 +178,7 @@ def test_record_says_how_the_target_was_made(whole, workplace):
 
 def test_exported_target_is_the_newest_checkpoint(whole, workplace, objective):
     folder, _ = whole
-    lm, params, tokenizer = recipes.load_target(str(folder / "export"))
+    lm, params, tokenizer = folders.load_target(str(folder / "export"))
     assert lm == objective.lm
     assert tokenizer.get_vocab() == objective.tokenizer.get_vocab()
     state = initial_state(objective, target_config(workplace, folder))
@@ -401,7 +401,7 @@ def test_two_devices_follow_the_curve_of_one(whole, workplace):
 def test_target_takes_an_existing_tokenizer(whole, workplace):
     export = whole[0] / "export"
     config = target_config(workplace, "unused", f"data.tokenizer={export}")
-    vocabulary = recipes.load_tokenizer(export).get_vocab()
+    vocabulary = folders.load_tokenizer(export).get_vocab()
     assert make_objective(config).tokenizer.get_vocab() == vocabulary
     small = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=299))
     with pytest.raises(
@@ -555,7 +555,7 @@ def test_drafter_folder_says_what_it_is(pair, whole, workplace):
     assert config["target_layer_ids"] == [0, 1]
     assert config["target_layer_convention"].startswith("output: ")
     assert config["target"] == str(whole[0] / "export")
-    assert config["tokenizer_sha256"] == recipes.tokenizer_hash(objective.tokenizer)
+    assert config["tokenizer_sha256"] == folders.tokenizer_hash(objective.tokenizer)
     assert config["versions"].keys() == {"jax", "flax", "ctc-spec-jax"}
     assert config["command"] == record["command"]
     assert json.loads((folder / "export" / "training.json").read_text()) == record
@@ -564,7 +564,7 @@ def test_drafter_folder_says_what_it_is(pair, whole, workplace):
 def test_exported_drafter_decodes_what_its_target_writes(pair):
     folder, objective, _, _ = pair
     lm, params = objective.lm, objective.frozen
-    drafter, draft_params = recipes.load_drafter(
+    drafter, draft_params = folders.load_drafter(
         folder / "export", lm, objective.tokenizer, nodes=6
     )
     assert drafter == objective.drafter
@@ -664,7 +664,7 @@ def test_average_and_tensorboard(workplace, objective):
         )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, states[-1]["average"], expected)
-    _, params, _ = recipes.load_target(str(folder / "export"))
+    _, params, _ = folders.load_target(str(folder / "export"))
     jax.tree.map(np.testing.assert_array_equal, states[-1]["average"], params)
     apart = jax.tree.map(lambda a, p: np.abs(np.asarray(a - p)).max(), params, states[-1]["params"])
     assert max(jax.tree.leaves(apart)) > 1e-3

@@ -67,7 +67,6 @@ def test_wrong_types_are_refused(tmp_path, section, field, value, expected):
         ("batch.microbatch=0", "batch.microbatch: expected at least 1, found 0"),
         ("model.heads=7", r"model.heads: expected a divisor of model.width \(192\), found 7"),
         ("data.vocab_size=200", "data.vocab_size: expected at least 257"),
-        ("drafter.preset=medusa", "drafter.preset: expected 'published' or '', found 'medusa'"),
     ],
 )
 def test_bad_overrides_are_refused(tmp_path, override, message):

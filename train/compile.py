@@ -19,19 +19,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ctc_spec_jax import aot, recipes, sharding
+from ctc_spec_jax import aot, folders, sharding
 from ctc_spec_jax.cli import DTYPES, exit_on_bad_input
-from ctc_spec_jax.draft.ctc import CTCDrafter
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.decoder import DecoderLM
-from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.types import Params
 from infer.compile import add_result
 from infer.generate import check_json
 from train import step
 from train.config import Batch, TrainConfig, load_config
-from train.drafter import loss_of, network_of
+from train.drafter import drafter_of, loss_of
 
 
 def batch_shapes(batch: Batch, mesh: Mesh):
@@ -49,9 +47,7 @@ def batch_shapes(batch: Batch, mesh: Mesh):
 
 def lower_step(config: TrainConfig, lm: DecoderLM, frozen: Params, mesh: Mesh):
     """The step of ``train.train`` for a drafter of ``lm``, lowered for shapes on a mesh."""
-    network = network_of(config, lm)
-    tree = PrefixTree(config.drafter.tree_nodes, min(config.loss.labels, network.frames))
-    drafter = CTCDrafter(network, tree)
+    drafter = drafter_of(config, lm)
     update = step.optimizer(config.optim, config.run.steps)
     average = config.optim.average
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -82,7 +78,7 @@ def compile_step(config: TrainConfig, model: str, slice_: aot.Topology, layers: 
             f"batch.microbatch: expected a multiple of data x fsdp ({shards}), "
             f"found {config.batch.microbatch}"
         )
-    lm, frozen = recipes.abstract_target(model, DTYPES[config.dtype], layers)
+    lm, frozen = folders.abstract_target(model, DTYPES[config.dtype], layers)
     what = f"training step of {config.batch.rows} rows on {slice_.name}"
     with jax.set_mesh(mesh):
         return aot.compile_program(

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ctc_spec_jax.draft.training import Loss, Shape
 from ctc_spec_jax.errors import InputError
 
 
@@ -115,31 +116,14 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drafter:
-    """Shape of a CTC drafter and of the tree that its evaluation decodes with."""
-
-    preset: str = ""
-    layers: int = 1
-    frames: int = 12
-    taps: tuple[int, ...] = ()
-    mlp_width: int = 0
-    tree_nodes: int = 16
-    init_from: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """Weights of the drafter's objectives over ``labels`` future tokens.
-
-    ``decay`` weights the k-th prefix by ``decay ** (k - 1)``.
+class Drafter(Shape):
+    """The drafter: its ``method`` (a name of ``recipes``), its shape, and the tree that its
+    evaluation decodes with. Parameters start as those of the folder ``init_from``.
     """
 
-    labels: int = 8
-    prefix: float = 1.0
-    ctc: float = 0.0
-    expected_length: float = 0.0
-    decay: float = 0.9
-    chunk: int = 64
+    method: str = "ctc"
+    tree_nodes: int = 16
+    init_from: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +160,7 @@ class TrainConfig:
     data: Data = Data()
     model: Model = Model()
     drafter: Drafter = Drafter()
-    loss: Loss = Loss()
+    loss: Loss = dataclasses.field(default_factory=Loss)
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self):
@@ -212,10 +196,6 @@ class TrainConfig:
             )
         if not 0 <= self.data.heldout < 1:
             raise InputError(f"data.heldout: expected 0 <= share < 1, found {self.data.heldout}")
-        if self.drafter.preset not in ("", "published"):
-            raise InputError(
-                f"drafter.preset: expected 'published' or '', found {self.drafter.preset!r}"
-            )
 
 
 _AT_LEAST_ONE = {

@@ -1,4 +1,4 @@
-"""Objective ``drafter``: a CTC drafter learns what its frozen target writes.
+"""Objective ``drafter``: a drafter learns what its frozen target writes.
 
 Many anchors per sequence; each is one draft: the target's next K tokens given all before it. The
 target runs inside the same jitted step, so no hidden states are stored.
@@ -11,56 +11,57 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ctc_spec_jax import recipes, sharding
+from ctc_spec_jax import folders, recipes, sharding
 from ctc_spec_jax.checkpoint import save_params
 from ctc_spec_jax.cli import DTYPES
 from ctc_spec_jax.decode import Loop
-from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, ctc_config, published
+from ctc_spec_jax.draft.training import DraftLoss
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.decoder import DecoderLM
-from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.verify import Greedy
 from train import evaluate, plan, runs
 from train.config import TrainConfig
-from train.draft_loss import DrafterLoss
 from train.source import DocumentSource
 
 
-def loss_of(config: TrainConfig, mesh: Mesh, lm: DecoderLM, drafter: CTCDrafter) -> DrafterLoss:
+def loss_of(config: TrainConfig, mesh: Mesh, lm: DecoderLM, drafter) -> DraftLoss:
     """The loss that a configuration describes."""
+    recipe = recipes.find(config.drafter.method)
+    if recipe.loss is None:
+        raise InputError(
+            f"drafter.method: expected one that is trained, found {config.drafter.method!r}"
+        )
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch, dtype = config.batch, DTYPES[config.dtype]
-    return DrafterLoss(lm, drafter, config.loss, batch.anchors, dtype, batch.remat, shards)
+    return recipe.loss(lm, drafter, config.loss, batch.anchors, dtype, batch.remat, shards)
 
 
-def network_of(config: TrainConfig, lm: DecoderLM) -> CTCConfig:
-    """The drafter's network that a configuration describes.
+def drafter_of(config: TrainConfig, lm: DecoderLM):
+    """The drafter that a configuration describes.
 
     Raises:
-      InputError: taps that the target does not have.
+      InputError: an unknown method, or taps that the target does not have.
     """
     shape, last = config.drafter, lm.config.num_layers - 1
     if any(not 0 <= tap <= last for tap in shape.taps):
         raise InputError(f"drafter.taps: expected layers 0..{last}, found {list(shape.taps)}")
-    if shape.preset == "published":
-        return published(lm.config)
-    return ctc_config(lm.config, shape.layers, shape.frames, shape.taps, shape.mlp_width)
+    recipe = recipes.find(shape.method)
+    network = recipe.network(lm.config, shape)
+    return recipe.drafter(network, shape.tree_nodes, config.loss.labels, "")
 
 
 class DrafterObjective:
-    """Weighted CTC objectives over random anchors of the target's answers."""
+    """The loss of a method over random anchors of the target's answers."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
         self.config, self.mesh, self.dtype = config, mesh, DTYPES[config.dtype]
-        self.lm, self.frozen, self.tokenizer = recipes.load_target(
+        self.lm, self.frozen, self.tokenizer = folders.load_target(
             config.target, self.dtype, mesh=mesh
         )
-        self.stops = recipes.stop_ids(config.target, self.tokenizer)
+        self.stops = folders.stop_ids(config.target, self.tokenizer)
         self.source = DocumentSource(config, self.tokenizer, self.lm.vocab_size)
         self.fingerprint, self.record = self.source.fingerprint, self.source.record
-        network = network_of(config, self.lm)
-        tree = PrefixTree(config.drafter.tree_nodes, min(config.loss.labels, network.frames))
-        self.drafter = CTCDrafter(network, tree)
+        self.drafter = drafter_of(config, self.lm)
         self.drafter_loss = loss_of(config, mesh, self.lm, self.drafter)
         self.initial = self._initial()
         self._heldout = jax.jit(lambda p, f, b, k: self.loss(p, f, b, k)[::2])
@@ -70,7 +71,7 @@ class DrafterObjective:
         folder = self.config.drafter.init_from
         if not folder:
             return None
-        before, params = recipes.load_drafter(folder, self.lm, self.tokenizer, mesh=self.mesh)
+        before, params = folders.load_drafter(folder, self.lm, self.tokenizer, mesh=self.mesh)
         if before.config != self.drafter.config:
             raise InputError(
                 f"drafter.init_from: expected a network of the shape in section drafter, "
@@ -94,7 +95,7 @@ class DrafterObjective:
         return self.source.batches(start)
 
     def loss(self, params, frozen, batch, keys):
-        """See ``DrafterLoss.loss``."""
+        """See ``training.DraftLoss``."""
         return self.drafter_loss.loss(params, frozen, batch, keys)
 
     def evaluate(self, params) -> dict[str, float]:
@@ -128,8 +129,9 @@ class DrafterObjective:
         whole = sharding.host_copy(params)
         if jax.process_index() == 0:
             with runs.local_folder(folder) as local:
-                recipes.save_drafter(
+                folders.save_drafter(
                     local,
+                    self.config.drafter.method,
                     self.drafter,
                     whole,
                     target=self.config.target,

@@ -69,8 +69,8 @@ def measure(
     inputs = [jax.device_put(x, sharding.inputs(mesh, x)) for x in (tokens, lengths, request)]
     with jax.set_mesh(mesh):
         result = xla.jitted(decode)(loop, params, draft_params, *inputs)
-    result = sharding.host_copy((result.tokens, result.lengths, result.stats))
-    return _counts(*result, loops)
+    tokens, ends, stats = sharding.host_copy((result.tokens, result.lengths, result.stats))
+    return _counts(tokens, ends, stats, loops)
 
 
 def _counts(tokens, lengths, stats, loops: float) -> Drafts:

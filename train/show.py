@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ctc_spec_jax import recipes
+from ctc_spec_jax import folders
 from ctc_spec_jax.cli import exit_on_bad_input
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
@@ -123,7 +123,7 @@ def show(config: TrainConfig, count: int, colours: bool) -> None:
     Raises:
       InputError: no target, or files that cannot be read.
     """
-    tokenizer = recipes.load_tokenizer(convert.target_folder(config.target))
+    tokenizer = folders.load_tokenizer(convert.target_folder(config.target))
     options, length = config.data, config.batch.length
     documents = read_files(options.files, tokenizer, options, length)
     train, heldout = documents.split(options.heldout)

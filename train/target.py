@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ctc_spec_jax import losses, recipes, sharding
+from ctc_spec_jax import folders, losses, sharding
 from ctc_spec_jax.checkpoint import save_params
 from ctc_spec_jax.cli import DTYPES
 from ctc_spec_jax.errors import InputError
@@ -119,7 +119,7 @@ class TargetObjective:
 def _tokenizer(config: TrainConfig, texts: list[str]):
     if not config.data.tokenizer:
         return corpus.train_tokenizer(texts, config.data.vocab_size)
-    tokenizer = recipes.load_tokenizer(config.data.tokenizer)
+    tokenizer = folders.load_tokenizer(config.data.tokenizer)
     if len(tokenizer) > config.data.vocab_size:
         raise InputError(
             f"data.vocab_size: expected at least {len(tokenizer)}, the tokens of "

@@ -1,4 +1,4 @@
-"""What a step of drafter training computes: target, drafter, head and objectives, without files.
+"""What a CTC drafter is trained on: target, drafter, head and objectives of a micro-batch.
 
 Shape letters: B rows, T tokens, A anchors, F frames, K labels, D width.
 """
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 
 from ctc_spec_jax import losses
 from ctc_spec_jax.chunked_head import chunked_frame_log_probs
+from ctc_spec_jax.draft.anchors import sample_anchors
 from ctc_spec_jax.draft.ctc import CTCDrafter, CTCNetwork
+from ctc_spec_jax.draft.training import Loss
 from ctc_spec_jax.models.decoder import DecoderLM, output_head
 from ctc_spec_jax.types import Params
-from train.anchors import sample_anchors
-from train.config import Loss
 
 
 @dataclasses.dataclass(frozen=True)
-class DrafterLoss:
-    """Weighted CTC objectives over random anchors; a ``step.Objective``.
+class CTCLoss:
+    """Weighted CTC objectives over random anchors; a ``training.DraftLoss``.
 
     ``shards`` counts the devices that share the rows of a batch; ``remat`` recomputes the
     drafter's layers in the backward pass instead of keeping their intermediates.
@@ -37,7 +37,7 @@ class DrafterLoss:
     shards: int = 1
 
     def loss(self, params: Params, frozen: Params, batch, keys):
-        """Weighted objectives of one micro-batch; see ``step.Objective``.
+        """Weighted objectives of one micro-batch; see ``training.DraftLoss``.
 
         Metrics: the objectives, and ``prefix_at`` [K], the drafter's probability that its draft
         begins with the target's next k tokens.

@@ -1,0 +1,74 @@
+"""What training asks of a drafting method: a shape for its network, and a loss.
+
+Shape letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+from jax import Array
+
+from ctc_spec_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What an experiment says about a network; 0 and () leave it to the method.
+
+    ``frames`` counts what one pass predicts: frames, heads or steps. ``taps`` are layers of the
+    target whose outputs are read; ``width`` and ``mlp_width`` are those of the method's own layers.
+    """
+
+    preset: str = ""
+    layers: int = 1
+    frames: int = 12
+    taps: tuple[int, ...] = ()
+    width: int = 0
+    mlp_width: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Weights of the objectives over ``labels`` future tokens.
+
+    ``decay`` weights the k-th prefix, or the k-th token, by ``decay ** (k - 1)``. Drafts without a
+    law per token take ``prefix``, ``ctc`` and ``expected_length``; the others ``cross_entropy``
+    (the data's next token) and divergences from the target's law at ``temperature``; see
+    ``distillation``. ``chunk`` anchors have logits at a time, on each of the devices that share
+    the rows.
+    """
+
+    labels: int = 8
+    prefix: float = 1.0
+    ctc: float = 0.0
+    expected_length: float = 0.0
+    cross_entropy: float = 1.0
+    forward_kl: float = 0.0
+    reverse_kl: float = 0.0
+    jensen_shannon: float = 0.0
+    total_variation: float = 0.0
+    temperature: float = 1.0
+    decay: float = 0.9
+    chunk: int = 64
+
+
+class DraftLoss(Protocol):
+    """The loss of a method: a frozen dataclass made of ``(lm, drafter, weights, anchors, dtype,
+    remat, shards)``.
+
+    ``anchors`` drafts are trained per row; ``dtype`` is that of the computation; ``remat``
+    recomputes the drafter's layers in the backward pass; ``shards`` devices share the rows.
+    """
+
+    def loss(self, params: Params, frozen: Params, batch, keys) -> tuple[Array, Array, Any]:
+        """Mean loss of a micro-batch, what it is a mean over, and metrics that are such means.
+
+        Args:
+          params: of the drafter, float32.
+          frozen: of the target.
+          batch: tokens, segments (0 is padding) and positions int32 [B, T], trained bool [B, T].
+          keys: typed keys [B], one per row.
+        """
+        ...
