@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ctc_spec_jax import recipes, sharding
+from ctc_spec_jax import folders, sharding
 from ctc_spec_jax.draft.ctc import ctc_config
+from ctc_spec_jax.draft.ctc_loss import CTCLoss
+from ctc_spec_jax.draft.training import Loss
 from ctc_spec_jax.models.config import DecoderConfig
 from train import cost, plan, profile
-from train.config import Loss
-from train.draft_loss import DrafterLoss
 
 SHAPE = {
     "model_type": "llama",
@@ -43,7 +43,7 @@ def setting(folder, *options, **changes):
     sizes = ("--rows", "1", "--length", "32", "--frames", "4", "--labels", "3", "--chunk", "4")
     sizes += ("--dtype", "float32", *map(str, options))
     given = profile.parser().parse_args(["--model", str(path), *sizes])
-    lm, frozen = recipes.abstract_target(given.model, jnp.float32)
+    lm, frozen = folders.abstract_target(given.model, jnp.float32)
     return profile.setting_of(given, lm, sharding.make_mesh(devices=jax.devices()[:1])), frozen
 
 
@@ -111,7 +111,7 @@ def test_program_end_to_end(tmp_path, monkeypatch, capsys):
     path.write_text(json.dumps(SHAPE))
     monkeypatch.setattr(cost, "PRODUCT", 64)
     # Programs of another loss are compiled in half the time.
-    monkeypatch.setattr(DrafterLoss, "score", lambda *a: (jnp.mean(jnp.square(a[3])), {}))
+    monkeypatch.setattr(CTCLoss, "score", lambda *a: (jnp.mean(jnp.square(a[3])), {}))
     call(
         monkeypatch,
         *("--model", path, "--rows", 2, "--length", 16, "--anchors", 2, "--frames", 3),

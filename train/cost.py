@@ -21,12 +21,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ctc_spec_jax import memory, sharding
+from ctc_spec_jax.draft.ctc_loss import CTCLoss
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.types import Params
 from infer.profile import in_turns
 from train import plan, step
 from train.config import Optim
-from train.draft_loss import DrafterLoss
 from train.log import peak_flops
 
 PRODUCT = 2048
@@ -36,7 +36,7 @@ PARTS = ("target forward", "drafter forward", "drafter backward", "LM head, loss
 
 
 @dataclasses.dataclass(frozen=True)
-class GivenTaps(DrafterLoss):
+class GivenTaps(CTCLoss):
     """The same loss on hidden states that come with the batch: a step without the target."""
 
     def taps(self, frozen: Params, batch) -> tuple[jax.Array, ...]:
@@ -49,7 +49,7 @@ class GivenTaps(DrafterLoss):
 class Setting:
     """What is measured: a loss, and the sizes and places of its batch [rows, length]."""
 
-    objective: DrafterLoss
+    objective: CTCLoss
     mesh: Mesh
     rows: int
     length: int
@@ -58,7 +58,7 @@ class Setting:
         """The same with another number of anchors, or ``remat``."""
         return dataclasses.replace(self, objective=dataclasses.replace(self.objective, **changes))
 
-    def step(self, objective: DrafterLoss | None = None):
+    def step(self, objective: CTCLoss | None = None):
         """The optimiser and the jitted step of training."""
         update = step.optimizer(Optim(), 1000)
         return update, step.make_step(objective or self.objective, update, self.mesh)

@@ -15,17 +15,17 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ctc_spec_jax import recipes, sharding
+from ctc_spec_jax import folders, sharding
 from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
+from ctc_spec_jax.draft.ctc_loss import CTCLoss
+from ctc_spec_jax.draft.training import Loss
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from infer.generate import check_counts, check_json, write_document
 from infer.profile import hardware
-from train.config import Loss
 from train.cost import Setting, memory_by_anchors, time_parts
-from train.draft_loss import DrafterLoss
 
 
 def table(document: dict[str, Any]) -> str:
@@ -88,7 +88,7 @@ def setting_of(given: argparse.Namespace, lm: DecoderLM, mesh: Mesh) -> Setting:
     network = ctc_config(lm.config, given.drafter_layers, given.frames)
     drafter = CTCDrafter(network, PrefixTree(16, min(8, given.frames)))
     weights, dtype = Loss(labels=given.labels, chunk=given.chunk), DTYPES[given.dtype]
-    loss = DrafterLoss(lm, drafter, weights, given.anchors, dtype, given.remat, shards)
+    loss = CTCLoss(lm, drafter, weights, given.anchors, dtype, given.remat, shards)
     return Setting(loss, mesh, given.rows, given.length)
 
 
@@ -125,7 +125,7 @@ def main() -> None:
     if given.plot and not given.memory_anchors:
         raise InputError("--plot: expected --memory-anchors, found none")
     check_json(given.json)
-    lm, frozen = recipes.abstract_target(given.model, DTYPES[given.dtype], given.layers)
+    lm, frozen = folders.abstract_target(given.model, DTYPES[given.dtype], given.layers)
     setting = setting_of(given, lm, sharding.mesh_of(given.mesh))
     use_compilation_cache()
     settings = {name: x for name, x in vars(given).items() if name not in ("json", "plot")}
