@@ -133,7 +133,7 @@ def compile_program(
     """
     began = time.perf_counter()
     try:
-        compiled, text = _compile(lower())
+        compiled, text, estimated = _compile(lower())
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"required for ([\w ]+) \(([\d.]+)([GM])\) exceeds", str(error))
         used = used or re.search(r"(program): [Uu]sed ([\d.]+)([GM])\S* of \S+ hbm", str(error))
@@ -142,6 +142,8 @@ def compile_program(
         needed = float(used[2]) * (1 << (30 if used[3] == "G" else 20))
         raise InputError(does_not_fit(f"{what}, {used[1]} alone", needed, chip)) from error
     loop, rest = hlo.summary(text, caches)
+    if not estimated:
+        loop, rest = (dataclasses.replace(part, cycles=0) for part in (loop, rest))
     found = compiled.memory_analysis()
     memory = Memory(
         found.argument_size_in_bytes,
@@ -154,17 +156,17 @@ def compile_program(
 
 
 def _compile(lowered):
-    """A compiled program and its text."""
+    """A compiled program, its text, and whether the text holds estimates of cycles."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
         try:
-            return compiled, compiled.as_text()
+            return compiled, compiled.as_text(), True
         except jax.errors.JaxRuntimeError:
             # jaxlib cannot read all programs of a libtpu that is newer than itself. The compiler's
-            # own text is of the moment before it estimates cycles, and is without them.
+            # own text is of the moment before it estimates most cycles.
             (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
-            return compiled, path.read_text()
+            return compiled, path.read_text(), False
 
 
 def does_not_fit(what: str, needed: float, chip: int) -> str:

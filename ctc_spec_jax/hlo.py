@@ -92,6 +92,8 @@ _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _CALL = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)")
 _CALLS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_UNKNOWN = 2**63 - 1
+"""What the compiler writes where it has no estimate."""
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -189,11 +191,13 @@ def copies(program: Iterable[Instruction], shapes: Collection[Shape]) -> int:
     count = 0
     for instruction in program:
         if instruction.opcode in ("copy", "copy-start") and instruction.results[0] in shapes:
-            # Memory space 1 is the fast one: fetching into it and writing back is no copy.
-            count += "S(1)" not in _split_type(instruction.line.split(" = ", 1)[1])[0]
+            # Spaces 1 and 3 are fast memory: fetching into it and writing back is no copy.
+            kind = _split_type(instruction.line.split(" = ", 1)[1])[0]
+            count += not re.search(r"S\([13]\)", kind)
     return count
 
 
 def estimated_cycles(program: Iterable[Instruction]) -> int:
     """Sum of what the compiler of TPUs expects of every instruction."""
-    return sum(int(n) for instruction in program for n in _CYCLES.findall(instruction.line))
+    found = (int(n) for instruction in program for n in _CYCLES.findall(instruction.line))
+    return sum(n for n in found if n < _UNKNOWN)

@@ -50,6 +50,7 @@ TEXT = """HloModule jit_f, is_scheduled=true
 
 %cond (t: (s32[], bf16[2,4,8,8])) -> pred[] {
   %t.1 = (s32[], bf16[2,4,8,8]{3,2,1,0}) parameter(0)
+  %odd = s32[] constant(0), b={"estimated_cycles":"9223372036854775807"}
   ROOT %all-reduce.9 = pred[] all-reduce(%b.1), channel_id=9, to_apply=%add
 }
 
