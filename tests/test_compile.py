@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ctc_spec_jax import aot, recipes, sharding
+from ctc_spec_jax import aot, folders, sharding
 from ctc_spec_jax.errors import InputError
 from infer import compile as program
 
@@ -37,11 +37,11 @@ def model(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes_of_published_models(name):
-    lm, shapes = recipes.abstract_target(f"configs/models/{name}.json", jnp.bfloat16)
+    lm, shapes = folders.abstract_target(f"configs/models/{name}.json", jnp.bfloat16)
     leaves = jax.tree.leaves(shapes)
     assert sum(x.size for x in leaves) == MODELS[name]
     assert {x.dtype.name for x in leaves} == {"bfloat16"}
-    first, _ = recipes.abstract_target(f"configs/models/{name}.json", num_layers=2)
+    first, _ = folders.abstract_target(f"configs/models/{name}.json", num_layers=2)
     assert first.config.num_layers == 2 and first.config.width == lm.config.width
 
 
@@ -75,7 +75,7 @@ def test_a_decode_for_chips(model, topology, mesh, parts, tmp_path, monkeypatch,
     sums = 2 * 2 + 1 + 2 + ("data" in mesh)
     assert {kind: x["count"] for kind, x in turn["collectives"].items()} == {"all-reduce": sums}
     assert turn["copies"] == 0 and turn["cycles"] > 1000
-    weights = recipes.abstract_target(model, jnp.bfloat16)[1]
+    weights = folders.abstract_target(model, jnp.bfloat16)[1]
     size = 2 * sum(x.size for x in jax.tree.leaves(weights))
     assert size / parts < result["programs"]["plain"]["memory"]["arguments"] < size / parts + 2e6
 
