@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, ctc_config, published
-from ctc_spec_jax.draft.ctc_loss import CTCLoss
+from ctc_spec_jax.draft.ctc_loss import CTCLoss, ctc_products
 from ctc_spec_jax.draft.training import Shape
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.config import DecoderConfig
@@ -24,7 +24,9 @@ class Recipe:
     ``drafter(network, nodes, depth, tree)`` a drafter of trees of at most that many nodes and that
     depth, ``tree`` naming one of its ways to build them (empty: the best). ``loss`` is a
     ``training.DraftLoss``, None where nothing is trained. ``notes(network)`` are further entries
-    of config.json, for readers.
+    of config.json, for readers. ``products(network, length, anchors)`` counts the multiply-adds of
+    a training row's forward pass, those of a frozen LM head and all others; without it a run's
+    count of operations leaves the drafter out.
     """
 
     config: type
@@ -32,6 +34,7 @@ class Recipe:
     drafter: Callable[[Any, int, int, str], Any]
     loss: Callable[..., Any] | None = None
     notes: Callable[[Any], dict[str, Any]] = lambda network: {}
+    products: Callable[[Any, int, int], tuple[int, int]] = lambda network, length, anchors: (0, 0)
 
 
 def find(name: str) -> Recipe:
@@ -43,6 +46,11 @@ def find(name: str) -> Recipe:
     if name not in RECIPES:
         raise InputError(f"method: expected one of {', '.join(RECIPES)}, found {name!r}")
     return RECIPES[name]
+
+
+def of(network: Any) -> Recipe:
+    """The recipe whose networks are described by objects like this one."""
+    return next(recipe for recipe in RECIPES.values() if recipe.config is type(network))
 
 
 def _ctc_network(target: DecoderConfig, shape: Shape) -> CTCConfig:
@@ -68,6 +76,6 @@ def _ctc_notes(network: CTCConfig) -> dict[str, Any]:
 
 
 RECIPES: dict[str, Recipe] = {
-    "ctc": Recipe(CTCConfig, _ctc_network, _ctc_drafter, CTCLoss, _ctc_notes),
+    "ctc": Recipe(CTCConfig, _ctc_network, _ctc_drafter, CTCLoss, _ctc_notes, ctc_products),
 }
 """Name -> parts: ``model_type`` in a drafter's config.json, ``drafter.method`` in an experiment."""

@@ -10,8 +10,7 @@ import numpy as np
 import yaml
 from jax.sharding import Mesh
 
-from ctc_spec_jax import memory, sharding
-from ctc_spec_jax.draft.ctc import CTCConfig
+from ctc_spec_jax import memory, recipes, sharding
 from ctc_spec_jax.models.config import DecoderConfig
 from train.config import TrainConfig, to_dict
 
@@ -30,37 +29,25 @@ def forward_flops(config: DecoderConfig, rows: int, length: int, head: bool) -> 
     return 2.0 * rows * length * per_token
 
 
-def drafter_flops(config: CTCConfig, rows: int, length: int, anchors: int) -> float:
+def drafter_flops(config, rows: int, length: int, anchors: int) -> float:
     """Operations of the forward pass of ``rows`` x ``anchors`` drafts, the LM head included.
 
-    An anchor sees half of the row on average.
+    ``config`` describes the network of a method; see ``recipes.Recipe.products``.
     """
-    return 2.0 * rows * sum(_drafter_products(config, length, anchors))
+    return 2.0 * rows * sum(recipes.of(config).products(config, length, anchors))
 
 
-def step_flops(
-    target: DecoderConfig, drafter: CTCConfig, rows: int, length: int, anchors: int
-) -> float:
+def step_flops(target: DecoderConfig, drafter, rows: int, length: int, anchors: int) -> float:
     """Operations of a step of drafter training: what the result needs, nothing computed twice.
 
     The target's layers up to the last tap once. The drafter's products three times, forward and
     for both gradients, but the frozen LM head twice.
     """
-    layers = max(drafter.taps) + 1
+    layers = max(drafter.taps, default=-1) + 1
     target = dataclasses.replace(target, num_layers=layers, windows=target.windows[:layers])
-    head, others = _drafter_products(drafter, length, anchors)
+    head, others = recipes.of(drafter).products(drafter, length, anchors)
     forward = forward_flops(target, rows, length, head=False)
     return forward + 2.0 * rows * (2 * head + 3 * others)
-
-
-def _drafter_products(c: CTCConfig, length: int, anchors: int) -> tuple[int, int]:
-    """Multiply-adds of a row's forward pass: of the LM head, and of all else."""
-    heads, kv = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
-    context = len(c.taps) * c.width * c.width + c.num_layers * 2 * c.width * kv
-    layer = c.width * (heads + 2 * kv) + heads * c.width + 3 * c.width * c.mlp_width
-    scores = heads * (length + 2 * c.frames)
-    draft = 2 * c.width * c.width + c.frames * c.num_layers * (layer + scores)
-    return anchors * c.frames * c.width * c.vocab_size, length * context + anchors * draft
 
 
 def shapes_table(tree, mesh: Mesh) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ctc_spec_jax import losses
 from ctc_spec_jax.chunked_head import chunked_frame_log_probs
 from ctc_spec_jax.draft.anchors import sample_anchors
-from ctc_spec_jax.draft.ctc import CTCDrafter, CTCNetwork
+from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, CTCNetwork
 from ctc_spec_jax.draft.training import Loss
 from ctc_spec_jax.models.decoder import DecoderLM, output_head
 from ctc_spec_jax.types import Params
@@ -84,3 +84,17 @@ class CTCLoss:
 
     def _cast(self, params: Params) -> Params:
         return jax.tree.map(lambda x: x.astype(self.dtype), params)
+
+
+def ctc_products(config: CTCConfig, length: int, anchors: int) -> tuple[int, int]:
+    """Multiply-adds of a row's forward pass: of the frozen LM head, and of all else.
+
+    An anchor sees half of the row on average.
+    """
+    c = config
+    heads, kv = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
+    context = len(c.taps) * c.width * c.width + c.num_layers * 2 * c.width * kv
+    layer = c.width * (heads + 2 * kv) + heads * c.width + 3 * c.width * c.mlp_width
+    scores = heads * (length + 2 * c.frames)
+    draft = 2 * c.width * c.width + c.frames * c.num_layers * (layer + scores)
+    return anchors * c.frames * c.width * c.vocab_size, length * context + anchors * draft
