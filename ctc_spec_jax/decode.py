@@ -225,8 +225,10 @@ def run_round(
         own = acceptance.length - 1
         acceptance, finish, stop_state = accept.cut(new, acceptance, state, request)
         count = acceptance.length
+        tokens = accept.write_tokens(state.tokens, new, state.length)
+        context = dataclasses.replace(context, tokens=tokens, tree=tree)
         return DecodeState(
-            tokens=accept.write_tokens(state.tokens, new, state.length),
+            tokens=tokens,
             length=state.length + count,
             prompt_length=state.prompt_length,
             limit=state.limit,

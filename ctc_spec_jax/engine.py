@@ -16,8 +16,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ctc_spec_jax import decode as loop_of
-from ctc_spec_jax import demo, folders, memory, options, sharding, stops, streaming, xla
+from ctc_spec_jax import (
+    demo,
+    folders,
+    memory,
+    options,
+    recipes,
+    sharding,
+    stops,
+    streaming,
+    xla,
+)
 from ctc_spec_jax.decode import Loop, NoDraft
+from ctc_spec_jax.draft.training import Shape
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.generation import Generation, generation_of
 from ctc_spec_jax.models.decoder import DecoderLM
@@ -76,12 +87,21 @@ class Engine:
         return engine if drafter is None else engine.with_drafter(drafter, tree_nodes, dtype)
 
     def with_drafter(
-        self, folder: str, tree_nodes: int, dtype=jnp.float32, tree: str = "prefix"
+        self, folder: str, tree_nodes: int, dtype=jnp.float32, tree: str = ""
     ) -> Engine:
         """The same target with a drafter of a folder; see ``folders.load_drafter`` for ``tree``."""
         drafter, params = folders.load_drafter(
             folder, self.lm, self.tokenizer, tree_nodes, dtype, tree, self.mesh
         )
+        return dataclasses.replace(self, drafter=drafter, draft_params=params)
+
+    def with_method(self, name: str, tree_nodes: int, depth: int) -> Engine:
+        """The same target with a method of ``recipes`` that has no parameters, by its name."""
+        recipe = recipes.find(name)
+        drafter = recipe.drafter(recipe.network(self.lm.config, Shape()), tree_nodes, depth, "")
+        params = jax.eval_shape(drafter.init_params, jax.random.key(0))
+        if params:
+            raise InputError(f"method: expected one without parameters, found {name!r}")
         return dataclasses.replace(self, drafter=drafter, draft_params=params)
 
     def plain(self) -> Engine:

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from ctc_spec_jax import recipes, sharding
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
+from ctc_spec_jax.models.config import FAMILIES
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.types import Params
 
@@ -152,7 +153,8 @@ def load_drafter(
     """Drafter and parameters of a drafter folder, checked against the target.
 
     Args:
-      folder: of ``save_drafter``.
+      folder: of ``save_drafter``; or that of a language model of the target's vocabulary, which
+        then drafts itself.
       lm: the target it will draft for.
       tokenizer: the target's, or None to skip its check.
       nodes: tree nodes N, root included.
@@ -165,11 +167,13 @@ def load_drafter(
     """
     folder = pathlib.Path(folder)
     description = _read_config(folder)
+    if nodes < 2:
+        raise InputError(f"tree nodes: expected at least 2, found {nodes}")
+    if description["model_type"] in FAMILIES:
+        return _load_language_model(folder, lm, tokenizer, nodes, dtype, tree, mesh)
     recipe = recipes.find(description["model_type"])
     network = _network(recipe.config, description, folder / "config.json")
     _check_pair(network, description, lm, tokenizer)
-    if nodes < 2:
-        raise InputError(f"tree nodes: expected at least 2, found {nodes}")
     drafter = recipe.drafter(network, nodes, description["tree_depth"], tree)
     return drafter, _read_params(folder, drafter, dtype, mesh)
 
@@ -183,10 +187,23 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise InputError(f"drafter: expected JSON in {path}, found {error}") from error
     kind = description.get("model_type") if isinstance(description, dict) else None
-    if kind not in recipes.RECIPES:
-        names = ", ".join(recipes.RECIPES)
+    if kind not in {*recipes.RECIPES, *FAMILIES} - {recipes.LANGUAGE_MODEL}:
+        names = ", ".join([*recipes.RECIPES, *FAMILIES])
         raise InputError(f"drafter model_type: expected one of {names}, found {kind!r} in {path}")
     return description
+
+
+def _load_language_model(folder, lm: DecoderLM, tokenizer, nodes: int, dtype, tree: str, mesh):
+    own, params, own_tokenizer = load_target(str(folder), dtype, mesh=mesh)
+    if own.vocab_size != lm.vocab_size:
+        raise InputError(
+            f"drafter vocab_size: expected {lm.vocab_size} as in the target, rows of padding "
+            f"counted, found {own.vocab_size}"
+        )
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, tokenizer_hash(own_tokenizer))
+    drafter = recipes.find(recipes.LANGUAGE_MODEL).drafter(own.config, nodes, nodes - 1, tree)
+    return drafter, params
 
 
 def _network(network_class, description: dict[str, Any], path: pathlib.Path):
@@ -220,11 +237,16 @@ def _check_pair(network, description: dict[str, Any], lm: DecoderLM, tokenizer) 
                 f"drafter target_layer_ids: expected layers below {lm.config.num_layers}, "
                 f"found {layer!r}"
             )
-    if tokenizer is not None and tokenizer_hash(tokenizer) != description["tokenizer_sha256"]:
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, description["tokenizer_sha256"])
+
+
+def _check_tokenizer(tokenizer, expected: str) -> None:
+    found = tokenizer_hash(tokenizer)
+    if found != expected:
         raise InputError(
             "drafter tokenizer: expected the vocabulary the drafter was trained with "
-            f"(sha256 {description['tokenizer_sha256'][:12]}), found "
-            f"{tokenizer_hash(tokenizer)[:12]}"
+            f"(sha256 {expected[:12]}), found {found[:12]}"
         )
 
 

@@ -8,9 +8,13 @@ from typing import Any
 
 from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, ctc_config, published
 from ctc_spec_jax.draft.ctc_loss import CTCLoss, ctc_products
+from ctc_spec_jax.draft.ngram import LookupConfig, PhrasePool, PoolConfig, PromptLookup
+from ctc_spec_jax.draft.small_lm import Best, Drawn, SmallLM
+from ctc_spec_jax.draft.stop import AdaEDL, Never
 from ctc_spec_jax.draft.training import Shape
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.config import DecoderConfig
+from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.tree.ctc_transform import TransformTree, default_template
 
@@ -75,7 +79,72 @@ def _ctc_notes(network: CTCConfig) -> dict[str, Any]:
     return {"blank_id": network.vocab_size, "collapse": collapse}
 
 
+def _small_lm_network(target: DecoderConfig, shape: Shape) -> DecoderConfig:
+    width = shape.width or target.width
+    heads = max(1, width // target.head_width)
+    same = width == target.width
+    return dataclasses.replace(
+        target,
+        width=width,
+        num_layers=shape.layers,
+        num_heads=target.num_heads if same else heads,
+        num_kv_heads=target.num_kv_heads if same else heads,
+        mlp_width=shape.mlp_width or target.mlp_width,
+        windows=(),
+    )
+
+
+_SMALL_LM_TREES = {
+    "greedy": (Best(), Never()),
+    "sampled": (Drawn(), Never()),
+    "siblings": (Drawn(), Never()),
+    "greedy-adaptive": (Best(), AdaEDL()),
+    "sampled-adaptive": (Drawn(), AdaEDL()),
+}
+
+
+def _small_lm_drafter(network: DecoderConfig, nodes: int, depth: int, tree: str) -> SmallLM:
+    tree = tree or "greedy"
+    if tree not in _SMALL_LM_TREES:
+        raise InputError(f"tree: expected one of {', '.join(_SMALL_LM_TREES)}, found {tree!r}")
+    first, depth = 1, _branches(nodes, depth)[1]
+    if tree == "siblings":
+        first, depth = _branches(nodes, min(depth, (nodes - 1) // 4))
+    return SmallLM(DecoderLM(network), (first, *[1] * (depth - 1)), *_SMALL_LM_TREES[tree])
+
+
+def _branches(nodes: int, depth: int) -> tuple[int, int]:
+    """How many branches of which depth fit into a tree of so many nodes."""
+    depth = max(1, min(depth, nodes - 1))
+    return max(1, (nodes - 1) // depth), depth
+
+
+def _text_drafter(drafter: Callable[..., Any]) -> Callable[[Any, int, int, str], Any]:
+    """Makes drafters of branches that continue the text; they know one way to build a tree."""
+
+    def make(network, nodes: int, depth: int, tree: str):
+        if tree:
+            raise InputError(f"tree: expected '', the only way of this method, found {tree!r}")
+        return drafter(network, *_branches(nodes, depth))
+
+    return make
+
+
+LANGUAGE_MODEL = "small_lm"
+"""The method whose drafter folder is that of a language model, as a target's is."""
+
 RECIPES: dict[str, Recipe] = {
     "ctc": Recipe(CTCConfig, _ctc_network, _ctc_drafter, CTCLoss, _ctc_notes, ctc_products),
+    LANGUAGE_MODEL: Recipe(DecoderConfig, _small_lm_network, _small_lm_drafter),
+    "prompt_lookup": Recipe(
+        LookupConfig,
+        lambda target, shape: LookupConfig(target.width, target.vocab_size),
+        _text_drafter(PromptLookup),
+    ),
+    "ngram_pool": Recipe(
+        PoolConfig,
+        lambda target, shape: PoolConfig(target.width, target.vocab_size),
+        _text_drafter(PhrasePool),
+    ),
 }
 """Name -> parts: ``model_type`` in a drafter's config.json, ``drafter.method`` in an experiment."""

@@ -207,6 +207,7 @@ class DraftContext:
     length: jax.Array  # int32 [B], tokens in the cache; the next one is pending
     cache: Any  # the target's cache
     request: Request
+    tree: DraftTree | None = None  # in ``commit``: the draft that was verified, if it was one
 
     @property
     def pending(self) -> jax.Array:
@@ -308,8 +309,10 @@ class Drafter(Protocol):
     ) -> Any:
         """State after the accepted path entered the cache at ``context.length``.
 
-        ``context`` is that of ``propose``. All M+1 rows of the path may be written: those past
-        the accepted length are overwritten by the next round.
+        ``context`` is that of ``propose``, but the new tokens follow the pending one: ``tokens``
+        is known up to ``context.length + acceptance.length``, the next pending token. All M+1 rows
+        of the path may be written: those past the accepted length are overwritten by the next
+        round.
         """
         ...
 

@@ -236,9 +236,9 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--tree",
-        choices=("prefix", "transform"),
-        default="prefix",
-        help="the most probable prefixes, or the published static template",
+        default="",
+        help="how a method builds its trees, where it knows several ways, such as transform, the "
+        "published static template",
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--compare", action="store_true", help="also decode plainly")

@@ -282,3 +282,29 @@ def sample_children(
     # What underflows to 0 is out: a rule could not renormalise a law of nothing but zeros.
     scores, tokens = top_k(jnp.where(probs > 0, logits + noise, -jnp.inf)[None], num_children)
     return tokens[0].astype(jnp.int32), scores[0] > -jnp.inf
+
+
+def merge_phrases(phrases: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
+    """One tree of R phrases that follow the root: what several of them begin with is there once.
+
+    Node ``1 + r * D + d`` is token d of phrase r; where an earlier phrase begins with the same
+    d + 1 tokens the node is invalid, and what follows hangs on the earlier one.
+
+    Args:
+        phrases: int32 [R, D].
+        lengths: int32 [R], how many tokens of a phrase count.
+
+    Returns:
+        Tokens int32 [R * D], parents int32 [R * D] and valid bool [R * D] of the nodes from slot 1
+        on.
+    """
+    rows, width = phrases.shape
+    place = jnp.arange(width, dtype=jnp.int32)
+    real = place[None] < lengths[:, None]  # [R, D]
+    equal = (phrases[:, None] == phrases[None]) & real[:, None] & real[None]
+    same = jnp.cumprod(equal.astype(jnp.int32), axis=-1) > 0  # [R, R, D]
+    own = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    first = jnp.where(real, jnp.argmax(same, axis=1).astype(jnp.int32), own)  # [R, D]
+    slot = 1 + first * width + place[None]
+    parents = jnp.concatenate([jnp.full_like(slot[:, :1], ROOT), slot[:, :-1]], axis=1)
+    return phrases.reshape(-1), parents.reshape(-1), (real & (first == own)).reshape(-1)
