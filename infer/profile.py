@@ -145,7 +145,7 @@ class _NoModel(DecoderLM):
         batch, nodes = tokens.shape
         c = self.config
         count = positions + jnp.sum(mask, axis=-1, dtype=jnp.int32)
-        logits = _made_up(count[..., None], jnp.arange(c.vocab_size, dtype=jnp.int32))
+        logits = _made_up(count[..., None], jnp.arange(c.vocab_size, dtype=jnp.int32)[None, None])
         seed = count.astype(jnp.float32)
         hidden = jnp.broadcast_to(seed[..., None], (batch, nodes, c.width))
         key = jnp.broadcast_to(seed[:, None, None], (batch, c.num_kv_heads, c.head_width, nodes))
@@ -165,7 +165,7 @@ class _NoNetwork(CTCDrafter):
         """See ``types.Drafter``."""
         shape = (context.length.shape[0], self.config.frames, self.config.vocab_size + 1)
         place = jnp.arange(np.prod(shape[1:]), dtype=jnp.int32).reshape(shape[1:])
-        lattice = _made_up(context.length[:, None, None], place)
+        lattice = _made_up(context.length[:, None, None], place[None])
         return DraftTree(*jax.vmap(self.tree)(jax.nn.log_softmax(lattice), context.pending))
 
     def commit(self, params, state, context, output, acceptance):

@@ -63,7 +63,7 @@ def place(tmp_path_factory):
     tokenizer.save_pretrained(folder / "target")
     drafter = CTCDrafter(ctc_config(lm.config, 1, 6), PrefixTree(8, 4))
     draft_params = jax.jit(drafter.init_params)(jax.random.key(2))
-    folders.save_drafter(folder / "drafter", drafter, draft_params, "tiny", tokenizer, {})
+    folders.save_drafter(folder / "drafter", "ctc", drafter, draft_params, "tiny", tokenizer, {})
     write(folder / "texts.jsonl", [{"id": f"t{i}", "prompt": t} for i, t in enumerate(TEXTS)])
     write(folder / "chats.jsonl", [{"id": i, "turns": [t, "go"]} for i, t in enumerate(TEXTS)])
     return folder
