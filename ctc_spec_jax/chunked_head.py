@@ -57,6 +57,45 @@ def chunked_frame_log_probs(
     return blank - normaliser, label - normaliser[..., None]
 
 
+def chunked_token_log_probs(
+    hidden: Array, head: Array, labels: Array, chunk: int
+) -> tuple[Array, Array]:
+    """Log-probabilities of labels under ``hidden @ head``, without the [A, K, V] logits.
+
+    The logits of a chunk are computed again in the backward pass. Matrix products run in the dtype
+    of ``hidden`` and accumulate in float32. Differentiable in ``hidden`` and ``head``; the gradient
+    of the latter is computed only if asked for.
+
+    Args:
+      hidden: [A, K, D].
+      head: [D, V], or one for each of the K positions [K, D, V].
+      labels: int [A, K], token ids below V; padding may be any number.
+      chunk: of A whose logits exist at a time, see ``chunked_frame_log_probs``.
+
+    Returns:
+      ``log_prob [A, K]``, float32, nats, and ``best`` bool [A, K]: no token is more probable.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
+        got = f"{hidden.shape} and {labels.shape}"
+        raise ValueError(f"expected hidden [A, K, D] and labels [A, K], got {got}")
+    subscripts = "akd,dv->akv" if head.ndim == 2 else "akd,kdv->akv"
+    # Narrowed in each chunk, so that the gradient of the head adds up over chunks in float32.
+    head = widen(head)
+
+    @jax.checkpoint
+    def per_position(part):
+        hidden, labels = part
+        logits = product(subscripts, hidden, head.astype(hidden.dtype))
+        index = jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None]
+        label = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+        best = label >= jnp.max(logits, axis=-1)
+        return label - jax.nn.logsumexp(logits, axis=-1), best
+
+    return map_chunks(per_position, chunk, (hidden, labels))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _vocab_logsumexp(chunk: int, hidden: Array, head: Array) -> Array:
     """logsumexp over V of ``hidden @ head``: [A, F, D], [D, V] -> [A, F]."""

@@ -8,6 +8,14 @@ from typing import Any
 
 from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, ctc_config, published
 from ctc_spec_jax.draft.ctc_loss import CTCLoss, ctc_products
+from ctc_spec_jax.draft.heads_loss import HeadsLoss
+from ctc_spec_jax.draft.hydra import HydraConfig, HydraDrafter, hydra_config
+from ctc_spec_jax.draft.medusa import MedusaConfig, MedusaDrafter, medusa_config
+from ctc_spec_jax.draft.mlp_speculator import (
+    MLPSpeculatorConfig,
+    MLPSpeculatorDrafter,
+    mlp_speculator_config,
+)
 from ctc_spec_jax.draft.ngram import LookupConfig, PhrasePool, PoolConfig, PromptLookup
 from ctc_spec_jax.draft.small_lm import Best, Drawn, SmallLM
 from ctc_spec_jax.draft.stop import AdaEDL, Never
@@ -130,11 +138,50 @@ def _text_drafter(drafter: Callable[..., Any]) -> Callable[[Any, int, int, str],
     return make
 
 
+def _heads_drafter(kind: Callable[..., Any], trees: tuple[str, ...] = ("beam",)):
+    """Makes drafters of heads; ``trees`` are the names that it takes, the default first."""
+
+    def drafter(network: Any, nodes: int, depth: int, tree: str):
+        if tree not in ("", *trees):
+            raise InputError(f"tree: expected one of {', '.join(trees)}, found {tree!r}")
+        depth = min(depth, network.heads, nodes - 1)
+        if tree != "static":
+            return kind(network, nodes, depth)
+        template = default_template(nodes, depth)
+        return kind(network, template.num_nodes, template.max_depth, template=template)
+
+    return drafter
+
+
+DEFAULT = "ctc"
+"""The method that experiments train unless they name another."""
+
 LANGUAGE_MODEL = "small_lm"
 """The method whose drafter folder is that of a language model, as a target's is."""
 
 RECIPES: dict[str, Recipe] = {
     "ctc": Recipe(CTCConfig, _ctc_network, _ctc_drafter, CTCLoss, _ctc_notes, ctc_products),
+    "medusa": Recipe(
+        MedusaConfig,
+        medusa_config,
+        _heads_drafter(MedusaDrafter, ("product", "static")),
+        HeadsLoss,
+        products=MedusaConfig.products,
+    ),
+    "hydra": Recipe(
+        HydraConfig,
+        hydra_config,
+        _heads_drafter(HydraDrafter),
+        HeadsLoss,
+        products=HydraConfig.products,
+    ),
+    "mlp_speculator": Recipe(
+        MLPSpeculatorConfig,
+        mlp_speculator_config,
+        _heads_drafter(MLPSpeculatorDrafter),
+        HeadsLoss,
+        products=MLPSpeculatorConfig.products,
+    ),
     LANGUAGE_MODEL: Recipe(DecoderConfig, _small_lm_network, _small_lm_drafter),
     "prompt_lookup": Recipe(
         LookupConfig,

@@ -52,8 +52,14 @@ PARAMETERS: dict[str, Axes] = {
     "down": ("mlp", "embed"),
     "context": ("embed", "wide"),
     "start": ("embed", "wide"),
+    "blocks": (None, "embed", "wide"),
+    "mix": ("embed", None, "wide"),
+    "own_heads": (None, "embed", "vocab"),
+    "token_embedding": (None, "vocab", "embed"),
+    "first_state": ("embed", "wide"),
+    "states": (None, "embed", "wide"),
 }
-"""Parameter name, without its layer, -> logical axes; every other one is small and copied."""
+"""Parameter name, without its layer or head, -> logical axes; all others are small and copied."""
 
 TPU_ORDER = {"qkv": (1, 2, 0, 3), "context_kv": (1, 2, 0, 3)}
 """Dimensions of a parameter in the memory of a TPU, from the largest stride to the smallest.
@@ -223,7 +229,7 @@ def parts(axis: str, size: int) -> int:
 
 
 def _without_layer(name: str) -> str:
-    return re.sub(r"^layer_\d+_", "", name)
+    return re.sub(r"^(layer|head)_\d+_", "", name)
 
 
 def _last_name(path) -> str:
