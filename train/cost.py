@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ctc_spec_jax import memory, sharding
-from ctc_spec_jax.draft.ctc_loss import CTCLoss
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.types import Params
 from infer.profile import in_turns
@@ -36,20 +35,10 @@ PARTS = ("target forward", "drafter forward", "drafter backward", "LM head, loss
 
 
 @dataclasses.dataclass(frozen=True)
-class GivenTaps(CTCLoss):
-    """The same loss on hidden states that come with the batch: a step without the target."""
-
-    def taps(self, frozen: Params, batch) -> tuple[jax.Array, ...]:
-        """The batch's own."""
-        del frozen
-        return batch["taps"]
-
-
-@dataclasses.dataclass(frozen=True)
 class Setting:
     """What is measured: a loss, and the sizes and places of its batch [rows, length]."""
 
-    objective: CTCLoss
+    objective: Any  # a ``training.DraftLoss`` in pieces: taps, draft and score
     mesh: Mesh
     rows: int
     length: int
@@ -58,10 +47,10 @@ class Setting:
         """The same with another number of anchors, or ``remat``."""
         return dataclasses.replace(self, objective=dataclasses.replace(self.objective, **changes))
 
-    def step(self, objective: CTCLoss | None = None):
+    def step(self):
         """The optimiser and the jitted step of training."""
         update = step.optimizer(Optim(), 1000)
-        return update, step.make_step(objective or self.objective, update, self.mesh)
+        return update, step.make_step(self.objective, update, self.mesh)
 
     def flops(self) -> float:
         """Operations of a step by its closed form."""
@@ -131,7 +120,6 @@ class Pieces:
     def timers(self) -> dict[str, Callable[[], float]]:
         """Functions that run a piece and give its seconds; all are compiled."""
         objective, frozen, params = self.setting.objective, self.frozen, self.params
-        given = GivenTaps(**vars(objective))
         row = jax.tree.map(lambda x: x[0], self.batch)
         keys = jax.random.split(self.key, self.setting.rows)
         taps = jax.jit(objective.taps)
@@ -139,7 +127,7 @@ class Pieces:
             hidden = taps(frozen, row)
         known = row | {"taps": hidden}
         batch = self.batch | {"taps": tuple(x[None] for x in hidden)}
-        draft = jax.jit(given.draft)
+        draft = jax.jit(objective.draft)
         with jax.set_mesh(self.mesh):
             drafted = draft(params, frozen, known, keys)
 
@@ -155,8 +143,8 @@ class Pieces:
 
             return jax.value_and_grad(loss)(hidden)
 
-        gradient = jax.jit(lambda *a: step.accumulate(given, *a))
-        steps = self._steps({"step": (objective, self.batch), "step, taps given": (given, batch)})
+        gradient = jax.jit(lambda *a: step.accumulate(objective, *a))
+        steps = self._steps({"step": self.batch, "step, taps given": batch})
         return steps | {
             "gradient, taps given": self._timer(gradient, params, frozen, batch, self.key),
             "draft, taps given": self._timer(draft, params, frozen, known, keys),
@@ -175,22 +163,20 @@ class Pieces:
         run()  # compiles
         return run
 
-    def _steps(self, kinds) -> dict[str, Callable[[], float]]:
+    def _steps(self, batches) -> dict[str, Callable[[], float]]:
         """Timers of whole steps; they hand on one state, which a step is given for good."""
-        update, _ = self.setting.step()
+        update, function = self.setting.step()
         state = step.init_state(jax.tree.map(jnp.copy, self.params), update, 0.0)
         held = [jax.device_put(state, sharding.parameters(self.mesh, state))]
 
-        def timer(objective, batch):
-            _, function = self.setting.step(objective)
-
+        def timer(batch):
             def advance(frozen):
                 held[0], metrics = function(held[0], frozen, batch, self.key)
                 return held[0], metrics
 
             return self._timer(advance, self.frozen)
 
-        return {name: timer(*kind) for name, kind in kinds.items()}
+        return {name: timer(batch) for name, batch in batches.items()}
 
 
 def _random(init, shapes):

@@ -15,14 +15,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ctc_spec_jax import folders, sharding
+from ctc_spec_jax import folders, recipes, sharding
 from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache
-from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
-from ctc_spec_jax.draft.ctc_loss import CTCLoss
-from ctc_spec_jax.draft.training import Loss
+from ctc_spec_jax.draft.training import Loss, Shape
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.decoder import DecoderLM
-from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from infer.generate import check_counts, check_json, write_document
 from infer.profile import hardware
 from train.cost import Setting, memory_by_anchors, time_parts
@@ -85,10 +82,12 @@ def setting_of(given: argparse.Namespace, lm: DecoderLM, mesh: Mesh) -> Setting:
         raise InputError(f"--rows: expected a multiple of {shards} for --mesh, found {given.rows}")
     if given.labels > given.frames:
         raise InputError(f"--labels: expected at most --frames, found {given.labels}")
-    network = ctc_config(lm.config, given.drafter_layers, given.frames)
-    drafter = CTCDrafter(network, PrefixTree(16, min(8, given.frames)))
+    recipe = recipes.find(recipes.DEFAULT)
+    shape = Shape(layers=given.drafter_layers, frames=given.frames)
+    drafter = recipe.drafter(recipe.network(lm.config, shape), 16, given.labels, "")
     weights, dtype = Loss(labels=given.labels, chunk=given.chunk), DTYPES[given.dtype]
-    loss = CTCLoss(lm, drafter, weights, given.anchors, dtype, given.remat, shards)
+    assert recipe.loss is not None
+    loss = recipe.loss(lm, drafter, weights, given.anchors, dtype, given.remat, shards)
     return Setting(loss, mesh, given.rows, given.length)
 
 

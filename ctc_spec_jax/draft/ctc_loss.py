@@ -47,7 +47,12 @@ class CTCLoss:
         return loss, jnp.sum(label_lengths > 0), values
 
     def taps(self, frozen: Params, batch) -> tuple[jax.Array, ...]:
-        """Hidden states of the target that the drafter sees, each [B, T, D]."""
+        """Hidden states of the target that the drafter sees, each [B, T, D].
+
+        Those that come with the batch, as ``taps``, are taken as they are.
+        """
+        if "taps" in batch:
+            return batch["taps"]
         places = batch["segments"], batch["positions"]
         return self.lm.packed_hidden(frozen, batch["tokens"], *places, self.drafter.taps)[1]
 
