@@ -128,6 +128,32 @@ def add_result(path: str, settings: dict[str, Any], found: dict[str, Any]) -> No
     write_document(path, document)
 
 
+def overview(results: list[dict[str, Any]]) -> str:
+    """Decodes of a results file as aligned text, a line each; ``-`` where nothing is known."""
+    titles = ("model", "slice", "mesh", "GiB a chip", "Mcycles a round", "copies")
+    rows = [titles]
+    for result in results:
+        settings, programs = result["settings"], result["programs"]
+        if "mesh" not in settings:
+            continue
+        place = pathlib.Path(settings["model"]).stem, settings["topology"], settings["mesh"]
+        if result["problem"]:
+            rows.append((*place, result["problem"].rpartition("found a need of ")[2] + " (no)"))
+            continue
+        turns = [programs["plain"], programs[f"{settings['tree_nodes']} nodes"]]
+        memory = " / ".join(f"{p['memory']['total'] / 2**30:.2f}" for p in turns)
+        cycles = [p["loop"]["cycles"] for p in turns]
+        shown = " / ".join(f"{c / 1e6:.2f}" if c else "-" for c in cycles)
+        copies = " / ".join(str(p["loop"]["copies"]) for p in turns)
+        rows.append((*place, memory, shown, copies))
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(titles))]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
 def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -4,7 +4,7 @@ import json
 import pathlib
 
 from ctc_spec_jax import demo
-from infer import profile
+from infer import compile, profile
 from infer.generate import Result, table
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -25,3 +25,16 @@ def test_readme_shows_the_cost_of_rounds():
     assert all(cost.every_option <= 1.105 for cost in costs if cost.nodes >= 8)
     assert max(cost.every_option for cost in costs) <= 1.205
     assert measured["bookkeeping"]["share"] <= 0.15
+
+
+def test_docs_show_the_compiled_decodes():
+    results = json.loads((README.parent / "benchmarks" / "tpu_compile.json").read_text())["results"]
+    text = (README.parent / "docs" / "tpu.md").read_text()
+    assert compile.overview(results) in text
+    turns = [
+        program["loop"]
+        for result in results
+        for name, program in result["programs"].items()
+        if name.startswith(("plain", "16"))
+    ]
+    assert turns and all(turn["copies"] == 0 for turn in turns)
