@@ -16,6 +16,7 @@ from ctc_spec_jax.chunked_head import chunked_frame_log_probs
 from ctc_spec_jax.draft.anchors import sample_anchors
 from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, CTCNetwork
 from ctc_spec_jax.draft.training import Loss
+from ctc_spec_jax.models import layers
 from ctc_spec_jax.models.decoder import DecoderLM, output_head
 from ctc_spec_jax.types import Params
 
@@ -59,7 +60,8 @@ class CTCLoss:
     def draft(self, params: Params, frozen: Params, batch, keys):
         """Hidden states of the frames [B*A, F, D], labels int32 [B*A, K] and their number [B*A]."""
         anchors, labels, lengths = sample_anchors(keys, batch, self.anchors, self.weights.labels)
-        pending = frozen["embedding"][jnp.take_along_axis(batch["tokens"], anchors, axis=1)]
+        tokens = jnp.take_along_axis(batch["tokens"], anchors, axis=1)
+        pending = layers.embed(frozen["embedding"], tokens)
         hidden: Any = CTCNetwork(self.drafter.config, self.remat).apply(
             {"params": self._cast(params)},
             self.taps(frozen, batch),
