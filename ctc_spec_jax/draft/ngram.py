@@ -108,7 +108,7 @@ class PromptLookup:
         return state
 
     def _lookup(self, tokens, length):
-        """Phrases int32 [R, M] and their lengths [R] of one row; ``length`` [] is the pending place."""
+        """Phrases int32 [R, M] and their lengths [R] of one row, pending token at ``length``."""
         place = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         back = jnp.arange(self.config.longest, dtype=jnp.int32)
         there, here = place[:, None] - back[None], length - back
