@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from ctc_spec_jax.draft.block import BlockConfig, BlockDrafter, BlockLoss, ProductTree
 from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, ctc_config, published
-from ctc_spec_jax.draft.ctc_loss import CTCLoss, ctc_products
+from ctc_spec_jax.draft.ctc_loss import CTCLoss
+from ctc_spec_jax.draft.frames import frames_config
+from ctc_spec_jax.draft.frames_loss import frames_products
 from ctc_spec_jax.draft.heads_loss import HeadsLoss
 from ctc_spec_jax.draft.hydra import HydraConfig, HydraDrafter, hydra_config
 from ctc_spec_jax.draft.medusa import MedusaConfig, MedusaDrafter, medusa_config
@@ -80,6 +83,17 @@ def _ctc_drafter(network: CTCConfig, nodes: int, depth: int, tree: str) -> CTCDr
     if tree == "transform":
         return CTCDrafter(network, TransformTree(default_template(nodes, network.frames)))
     return CTCDrafter(network, PrefixTree(nodes, min(depth, network.frames, nodes - 1)))
+
+
+def _block_network(target: DecoderConfig, shape: Shape) -> BlockConfig:
+    given = (shape.layers, shape.frames, shape.taps, shape.mlp_width)
+    return frames_config(BlockConfig, target, *given)
+
+
+def _block_drafter(network: BlockConfig, nodes: int, depth: int, tree: str) -> BlockDrafter:
+    if tree not in ("", "product"):
+        raise InputError(f"tree: expected product, found {tree!r}")
+    return BlockDrafter(network, ProductTree(nodes, min(depth, network.frames, nodes - 1)))
 
 
 def _ctc_notes(network: CTCConfig) -> dict[str, Any]:
@@ -160,7 +174,10 @@ LANGUAGE_MODEL = "small_lm"
 """The method whose drafter folder is that of a language model, as a target's is."""
 
 RECIPES: dict[str, Recipe] = {
-    "ctc": Recipe(CTCConfig, _ctc_network, _ctc_drafter, CTCLoss, _ctc_notes, ctc_products),
+    "ctc": Recipe(CTCConfig, _ctc_network, _ctc_drafter, CTCLoss, _ctc_notes, frames_products),
+    "block": Recipe(
+        BlockConfig, _block_network, _block_drafter, BlockLoss, products=frames_products
+    ),
     "medusa": Recipe(
         MedusaConfig,
         medusa_config,
