@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from ctc_spec_jax import folders, recipes
+from ctc_spec_jax import folders, recipes, sharding
 from ctc_spec_jax.chunked_head import chunked_token_log_probs
 from ctc_spec_jax.decode import Loop, run_round, start
 from ctc_spec_jax.draft.anchors import sample_anchors
@@ -374,6 +374,54 @@ def test_half_of_the_last_state_is_the_hidden_state():
         return jnp.mean(jnp.square(part)) / jnp.mean(jnp.square(state))
 
     assert abs(float(share()) - 0.5) < 0.05
+
+
+def test_a_beam_of_one_is_the_greedy_chain(setting):
+    lm, params, _, _, _, truth = setting
+    drafter = dataclasses.replace(drafter_of(lm, "hydra"), beam=1)
+    draft_params = random_params(drafter)
+    state = jax.random.normal(jax.random.key(5), (4, lm.config.width))
+
+    @jax.jit
+    def both(params, draft_params, state):
+        context = context_of(params, truth, jnp.asarray([3, 8, 0, 5], jnp.int32))
+        tree = drafter.propose(draft_params, state, context, None)
+        outputs = drafter.outputs(
+            draft_params, params, state[:, None], tree.tokens[:, None, :HEADS]
+        )
+        return tree, jnp.argmax(log_probs(outputs[:, 0], params["head"]), axis=-1)
+
+    tree, chain = both(params, draft_params, state)
+    np.testing.assert_array_equal(tree.tokens[:, 1 : HEADS + 1], chain)
+    assert tree.valid[:, : HEADS + 1].all() and not tree.valid[:, HEADS + 1 :].any()
+    np.testing.assert_array_equal(tree.parents[:, 1 : HEADS + 1], [[0, 1, 2]] * 4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_and_places_of_matrices(setting, name):
+    """Types hold in bfloat16, and every matrix is cut along both axes of a mesh."""
+    lm, params, _, lengths, _, truth = setting
+    drafter = drafter_of(lm, name)
+    low = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+    fresh = jax.eval_shape(lambda: drafter.init_params(jax.random.key(0)))
+    loss = HeadsLoss(lm, drafter, Loss(forward_kl=1.0), 4, jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(0), 4)
+    value, _, _ = jax.eval_shape(loss.loss, fresh, low, rows_of(truth, lengths), keys)
+    assert value.dtype == jnp.float32
+    small = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), fresh)
+    state = jax.ShapeDtypeStruct((4, lm.config.width), jnp.bfloat16)
+    length = jnp.zeros((4,), jnp.int32)
+    tree = jax.eval_shape(
+        lambda p, t, s: drafter.propose(p, s, context_of(t, truth, length), None), small, low, state
+    )
+    assert tree.tokens.shape == (4, NODES) and tree.tokens.dtype == jnp.int32
+    mesh = jax.sharding.AbstractMesh((1, 2, 2), sharding.MESH_AXES)
+    for key, x in fresh.items():
+        # An odd vocabulary divides into nothing.
+        shape = tuple(64 if size == VOCAB else size for size in x.shape)
+        cut = sharding.spec(mesh, sharding.parameter_axes(key, shape), shape)
+        matrix = x.size > 4 * lm.config.width
+        assert ({"fsdp", "tensor"} <= set(cut)) == matrix, (key, cut)
 
 
 class Tokenizer:
