@@ -6,6 +6,7 @@ import pathlib
 from ctc_spec_jax import demo
 from infer import compile, profile
 from infer.generate import Result, table
+from train import compile as train_compile
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -30,7 +31,7 @@ def test_readme_shows_the_cost_of_rounds():
 def test_docs_show_the_compiled_decodes():
     results = json.loads((README.parent / "benchmarks" / "tpu_compile.json").read_text())["results"]
     text = (README.parent / "docs" / "tpu.md").read_text()
-    assert compile.overview(results) in text
+    assert compile.overview(results) in text and train_compile.overview(results) in text
     turns = [
         program["loop"]
         for result in results

@@ -14,6 +14,8 @@ does not fit.
 from __future__ import annotations
 
 import argparse
+import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +86,24 @@ def compile_step(config: TrainConfig, model: str, slice_: aot.Topology, layers: 
         return aot.compile_program(
             lambda: lower_step(config, lm, frozen, mesh), what, slice_.memory
         ), what
+
+
+def overview(results: list[dict[str, Any]]) -> str:
+    """Training steps of a results file as aligned text, a line each."""
+    rows = [("experiment", "model", "slice", "GiB a chip", "of it", "Mcycles a micro-batch")]
+    for result in results:
+        settings = result["settings"]
+        if "config" not in settings or not result["programs"]:
+            continue
+        stems = [pathlib.Path(settings[name]).stem for name in ("config", "model")]
+        step_ = result["programs"]["step"]
+        need, cycles = step_["memory"]["total"], step_["loop"]["cycles"]
+        share = f"{need / result['chip_bytes']:.0%}"
+        shown = f"{cycles / 1e6:.1f}" if cycles else "-"
+        rows.append((*stems, settings["topology"], f"{need / 2**30:.2f}", share, shown))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
 
 
 @exit_on_bad_input
