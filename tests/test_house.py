@@ -6,10 +6,13 @@ import re
 
 import pytest
 
+from ctc_spec_jax import recipes
+
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAMS = ("ctc_spec_jax", "train", "infer")
 FILES = sorted(path for folder in PROGRAMS for path in (ROOT / folder).rglob("*.py"))
 METHODS = ("ctc", "medusa", "eagle", "hydra", "glide", "pearl", "ngram", "diffusion", "speculator")
+METHODS += ("small_lm", "prompt_lookup")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -33,6 +36,43 @@ def test_the_loop_knows_no_method(name):
     assert not re.search(r"^(from|import) .*\bdraft\b", text, re.MULTILINE)
     code = re.sub(r'""".*?"""|#.*|ctc_spec_jax', "", text, flags=re.DOTALL)
     assert not re.findall(rf"\b\w*(?:{'|'.join(METHODS)})\w*\b", code, re.IGNORECASE)
+
+
+OUTSIDE = [
+    path
+    for path in FILES
+    if path.parent.name != "draft" and path.name not in ("recipes.py", "overlap.py")
+]
+KNOWN = {
+    "losses.py": {"ctc"},  # an objective of that name
+    "config.py": {"ctc"},  # what an experiment trains unless it says otherwise
+    "compile.py": {"draft.ctc"},  # programs that measure this drafter on shapes alone
+    "profile.py": {"draft.ctc"},
+}
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_recipes_know_the_names_of_methods(path):
+    """Outside ``draft/`` no method is asked for by its name and no method's file is imported."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and node.value in recipes.RECIPES:
+            found.add(node.value)
+        for module in _modules(node):
+            if module.startswith("ctc_spec_jax.draft"):
+                found.add(module.removeprefix("ctc_spec_jax."))
+    assert found - {"draft.training"} <= KNOWN.get(path.name, set())
+
+
+def _modules(node) -> list[str]:
+    """Full names of what an import statement may load."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom) or node.module is None:
+        return []
+    if node.module in ("ctc_spec_jax", "ctc_spec_jax.draft"):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [node.module]
 
 
 def test_linen_only_where_parameters_live():
