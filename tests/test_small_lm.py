@@ -21,7 +21,7 @@ from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.decoder import output_logits
-from ctc_spec_jax.types import DraftContext, Sampling
+from ctc_spec_jax.types import NO_TOKEN, OUT_OF_BUDGET, STOPPED, DraftContext, Sampling
 from ctc_spec_jax.verify_sampled import Rejection
 from tests.chats import LETTERS, letter_tokenizer
 from tests.helpers import VOCAB, make_request, ragged_prompts, tiny_target
@@ -133,11 +133,10 @@ def rounds(loop, params, draft_params, tokens, lengths, request):
     return jax.lax.scan(one, state, None, length=7)[1]
 
 
-def decoded(draft_params, budgets):
+def decoded(draft_params, budgets, stop: int = NO_TOKEN):
     (lm, params), (tokens, lengths) = target(), prompts()
-    asked = dataclasses.replace(
-        request(sampling=warm()), max_new_tokens=np.asarray(budgets, np.int32)
-    )
+    stops = np.asarray([[NO_TOKEN], [NO_TOKEN], [stop]], np.int32)
+    asked = make_request(BATCH, budgets, stops, sampling=warm())
     loop = Loop(lm, SmallLM(lm, (1, 1, 1), Drawn(), RULE), Rejection(), CAPACITY)
     return jax.device_get(rounds(loop, params, draft_params, tokens, lengths, asked))
 
@@ -151,9 +150,12 @@ def test_the_target_as_its_own_drafter_is_always_right():
 
 
 def test_threshold_follows_what_every_row_accepts():
-    """Against the rule in NumPy; a finished row keeps its state."""
+    """Against the rule in NumPy; a row that found its stop token or its end keeps its state."""
     draft_params = tiny_target(seed=3, num_layers=1)[1]
-    states, drafted = decoded(draft_params, [CAPACITY, 9, 2])
+    states, _ = decoded(draft_params, CAPACITY)
+    stop = int(states.tokens[-1, 2, prompts()[1][2] + 1])  # the second of the greedy row
+    states, drafted = decoded(draft_params, [CAPACITY, 5, CAPACITY], stop)
+    assert states.finish[-1, 1:].tolist() == [OUT_OF_BUDGET, STOPPED]
     accepted = np.diff(states.length, axis=0) - 1
     rate, threshold = np.full(BATCH, 0.9), np.full(BATCH, 0.3)
     for index in range(6):
