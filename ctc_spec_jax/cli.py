@@ -36,7 +36,10 @@ _NUMBERS = {
 
 
 def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
-    """Print an ``InputError`` as one line on standard error and exit with status 2."""
+    """Print an ``InputError`` as one line on standard error and exit with status 2.
+
+    Ctrl-C ends the program with status 130.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -45,6 +48,9 @@ def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
 
     return wrapped
 

@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jinja2
 import numpy as np
 
 from ctc_spec_jax import decode as loop_of
@@ -115,7 +116,15 @@ class Conversation:
         """
         if not engine.tokenizer.chat_template:
             name = engine.tokenizer.name_or_path or "the target"
-            raise InputError(f"chat template: expected one in the tokenizer of {name}, found none")
+            raise InputError(
+                f"chat template: expected one in the tokenizer of {name}, found none "
+                "(infer.chat takes a file: --template)"
+            )
+        try:
+            trial = [{"role": "user", "content": "x"}]
+            engine.tokenizer.apply_chat_template(trial, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise InputError(f"chat template: expected a Jinja template, found {error}") from error
         positions = engine.tokenizer.model_max_length
         if not 2 <= (context or positions) <= positions:
             raise InputError(

@@ -60,7 +60,8 @@ def drafts(draw, prompts: int) -> evaluate.Drafts:
     rounds = draw.integers(5, 30, prompts)
     lengths = rounds * draw.uniform(1.5, 3.5, prompts)
     accepted = np.stack([rounds // 2, rounds // 4], axis=1)
-    return evaluate.Drafts(lengths.astype(int), rounds, accepted, np.stack([rounds] * 2, axis=1))
+    several = 3 * np.stack([rounds] * 2, axis=1)  # siblings
+    return evaluate.Drafts(lengths.astype(int), rounds, accepted, several, rounds)
 
 
 def test_summary():
@@ -69,15 +70,17 @@ def test_summary():
             np.asarray([10, 30, 8]),
             np.asarray([5, 10, 8]),
             np.asarray([[3, 1], [9, 6], [0, 0]]),
-            np.asarray([[5, 5], [10, 10], [5, 1]]),
+            np.asarray([[15, 5], [30, 10], [24, 1]]),
+            np.asarray([5, 12, 8]),
         ),
         ["code", "chat", "code"],
     )
     assert found["accepted_length"] == pytest.approx(48 / 23)
     assert found["accepted_length/code"] == pytest.approx(18 / 13)
     assert found["accepted_length/chat"] == pytest.approx(3.0)
-    assert found["accepted_at_1"] == pytest.approx(12 / 20)
-    assert found["accepted_at_2"] == pytest.approx(7 / 20)
+    assert found["accepted_at_1"] == pytest.approx(12 / 25)
+    assert found["accepted_at_2"] == pytest.approx(7 / 25)
+    assert found["accepted_prompts"] == 3
     assert found["accepted_length_low"] <= found["accepted_length"]
     assert found["accepted_length"] <= found["accepted_length_high"]
     alone = evaluate.summary(drafts(np.random.default_rng(0), 4), ["", "", "", ""])

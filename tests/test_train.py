@@ -617,7 +617,7 @@ def test_preempted_run_saves_and_continues_as_if_nothing_had_happened(
     train(config, objective)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"preempted: step 17 is saved in {folder}; start again to continue",
+        f"stopped: step 17 is saved in {folder}; start again to continue",
         f"resumed from step 17 in {folder}",
     ]
     assert_same_run(folder, whole[0])

@@ -95,12 +95,12 @@ def overview(results: list[dict[str, Any]]) -> str:
         settings = result["settings"]
         if "config" not in settings or not result["programs"]:
             continue
-        stems = [pathlib.Path(settings[name]).stem for name in ("config", "model")]
+        config, model = (pathlib.Path(settings[name]).stem for name in ("config", "model"))
         step_ = result["programs"]["step"]
         need, cycles = step_["memory"]["total"], step_["loop"]["cycles"]
         share = f"{need / result['chip_bytes']:.0%}"
         shown = f"{cycles / 1e6:.1f}" if cycles else "-"
-        rows.append((*stems, settings["topology"], f"{need / 2**30:.2f}", share, shown))
+        rows.append((config, model, settings["topology"], f"{need / 2**30:.2f}", share, shown))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines)

@@ -29,15 +29,16 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Drafts:
-    """Counts per prompt. Tokens and rounds are those before an answer begins to loop.
+    """Counts per prompt. ``tokens`` and ``rounds`` are those before an answer begins to loop.
 
-    ``accepted`` and ``drafted`` [R, M] are by depth, of the whole answers.
+    ``accepted`` and ``drafted`` [R, M] are by depth, of all ``all_rounds`` of the answers.
     """
 
     tokens: np.ndarray  # [R]
     rounds: np.ndarray  # [R]
     accepted: np.ndarray  # [R, M]
     drafted: np.ndarray  # [R, M]
+    all_rounds: np.ndarray  # [R]
 
 
 def measure(
@@ -81,7 +82,7 @@ def _counts(tokens, lengths, stats, loops: float) -> Drafts:
         )
     ]
     fresh, rounds = np.asarray(kept, np.int64).T
-    return Drafts(fresh, rounds, stats.accepted, stats.drafted)
+    return Drafts(fresh, rounds, stats.accepted, stats.drafted, stats.rounds)
 
 
 def fresh_rounds(tokens, emitted, loops: float) -> tuple[int, int]:
@@ -98,8 +99,8 @@ def summary(drafts: Drafts, categories: Sequence[str], resamples: int = 2000) ->
     Returns:
       ``accepted_length`` (tokens per target pass, the target's own token included),
       ``accepted_length_low`` and ``_high`` (bootstrap over prompts, fixed seed),
-      ``accepted_length/<category>`` where there are several, and ``accepted_at_<d>``: the share
-      of rounds in which the drafted token of depth d was kept.
+      ``accepted_prompts`` (how many), ``accepted_length/<category>`` where there are several, and
+      ``accepted_at_<d>``: the share of rounds in which the drafted token of depth d was kept.
     """
     tokens, rounds = drafts.tokens, drafts.rounds
     found = {"accepted_length": float(tokens.sum() / rounds.sum())}
@@ -107,12 +108,11 @@ def summary(drafts: Drafts, categories: Sequence[str], resamples: int = 2000) ->
     means = tokens[pick].sum(1) / rounds[pick].sum(1)
     low, high = np.quantile(means, (0.025, 0.975))
     found |= {"accepted_length_low": float(low), "accepted_length_high": float(high)}
+    found["accepted_prompts"] = float(len(tokens))
     names = sorted(set(categories))
     for name in names if len(names) > 1 else ():
         mine = np.asarray([category == name for category in categories])
         found[f"accepted_length/{name}"] = float(tokens[mine].sum() / rounds[mine].sum())
-    # Rounds of the whole answers: the target's own token is what a round always emits.
-    own = np.maximum(drafts.drafted[:, 0].sum(), 1)
     for depth, kept in enumerate(drafts.accepted.sum(0), 1):
-        found[f"accepted_at_{depth}"] = float(kept / own)
+        found[f"accepted_at_{depth}"] = float(kept / drafts.all_rounds.sum())
     return found

@@ -16,10 +16,10 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 class Preempted(SystemExit):
-    """The machine is being taken away; everything is saved. Exit status 143."""
+    """The run was told to end, and everything is saved. Exit status 143, or 130 after Ctrl-C."""
 
-    def __init__(self, step: int):
-        super().__init__(143)
+    def __init__(self, step: int, status: int = 143):
+        super().__init__(status)
         self.step = step
 
 
@@ -50,23 +50,30 @@ def join() -> None:
 
 
 @contextlib.contextmanager
-def preemption(checkpoints) -> Iterator[Callable[[int], bool]]:
-    """A function that says after a step whether the run has to save and end now.
+def preemption(checkpoints) -> Iterator[Callable[[int], int]]:
+    """A function that gives, after a step, the status to save and end with, or 0 to go on.
 
-    Of several processes all say yes at the same step, whichever got the signal.
+    SIGTERM and Ctrl-C tell a run to end; the second Ctrl-C ends it at once. Of several processes
+    all end at the same step, whichever was told.
     """
     if jax.distributed.is_initialized():
-        yield checkpoints.preempted
+        yield lambda step: 143 if checkpoints.preempted(step) else 0
         return
-    told = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
+        yield lambda step: 0
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: told.set())
+    told = [0]
+
+    def tell(number, frame):
+        told[0] = 128 + number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda step: told.is_set()
+        yield lambda step: told[0]
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -75,7 +82,7 @@ def peers(folder: str) -> Iterator[None]:
     try:
         yield
     except Preempted as end:
-        print(f"preempted: step {end.step} is saved in {folder}; start again to continue")
+        print(f"stopped: step {end.step} is saved in {folder}; start again to continue")
         raise
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:

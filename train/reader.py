@@ -157,7 +157,8 @@ class Reader:
         if not self.lengths:
             raise InputError(
                 f"data.files: expected documents with labels, found none in "
-                f"{self.counts['lines']} lines"
+                f"{self.counts['lines']} lines ({self.counts['unlabelled']} documents without "
+                f"one, {self.counts['looping']} that loop, see data.max_loop)"
             )
 
 

@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import yaml
@@ -160,6 +161,18 @@ def shown(newest: dict[str, float]) -> dict[str, str]:
         "peak_memory_gib": "GiB",
     }
     return {short: f"{newest[name]:.4g}" for name, short in names.items() if name in newest}
+
+
+def sentence(step: int, scores: dict[str, Any]) -> str:
+    """What an evaluation found, in a line; everything is in metrics.jsonl."""
+    parts = [f"step {step}: held-out loss {float(scores['heldout_loss']):.4f}"]
+    if SCORE in scores:
+        ends = (scores[f"{SCORE}_{end}"] for end in ("low", "high"))
+        parts.append(
+            f"accepted length {scores[SCORE]:.2f} ({' to '.join(f'{x:.2f}' for x in ends)}) "
+            f"over {scores['accepted_prompts']:.0f} prompts"
+        )
+    return ", ".join(parts)
 
 
 def record(config: TrainConfig, objective, log: Log, best: int | None) -> dict:

@@ -5,8 +5,8 @@
 One command for one CPU, one GPU, eight GPUs and a pod slice (``--multihost`` there, on every host).
 Killed and started again with the same arguments it continues from its newest checkpoint, also on
 another mesh or number of hosts; the batches and random numbers of a step depend on the seed and
-the step alone, so the loss curve is the one of an uninterrupted run. On a preemption signal it
-saves and ends with status 143.
+the step alone, so the loss curve is the one of an uninterrupted run. On SIGTERM or Ctrl-C it
+saves and ends with status 143 or 130.
 
 The folder ``run.folder`` holds run.yaml (the resolved configuration), metrics.jsonl, checkpoints,
 best.json and, at the end, export with the weights of the best checkpoint and training.json.
@@ -126,6 +126,8 @@ def train(config: TrainConfig, objective, mesh: Mesh, quiet: bool = False) -> di
             state, _ = checkpoints.restore(best, run.state_shapes()[1])
         record = runs.record(config, objective, log, best)
         objective.export(run.weights(state), str(folder / "export"), record)
+        if not quiet and jax.process_index() == 0:
+            print(f"finished: step {record['exported_step']} is exported to {folder / 'export'}")
     return record
 
 
@@ -134,18 +136,14 @@ def _steps(run: Run, state, start: int, checkpoints, log: Log, preempted, quiet)
     batches = objective.batches(start)
     rates = Rates(run.config.batch.rows * run.config.batch.length, objective.flops)
     stopping = runs.EarlyStop(options.patience, log)
-    bar = tqdm(
-        range(start, options.steps),
-        initial=start,
-        total=options.steps,
-        disable=quiet or jax.process_index() > 0,
-    )
-    for step in bar:
+    silent = quiet or jax.process_index() > 0
+    bar = tqdm(initial=start, total=options.steps, disable=silent)
+    for step in range(start, options.steps):
         state, metrics = run.step(state, run.place(next(batches)))
         rates.step()
         done = step + 1
         taken_away = preempted(done)
-        last = done == options.steps or taken_away
+        last = done == options.steps or bool(taken_away)
         if last or done % options.log_every == 0 or done == start + 1:
             jax.block_until_ready(metrics)
             # The first step of a process compiles: its time is no rate.
@@ -157,8 +155,9 @@ def _steps(run: Run, state, start: int, checkpoints, log: Log, preempted, quiet)
             scores = objective.evaluate(run.weights(state))
             log.write(done, scores)
             last = stopping(scores) or last
-            if not quiet and jax.process_index() == 0:
-                tqdm.write(log.last_line)
+            bar.set_postfix(runs.shown(log.newest), refresh=False)
+            if not silent:
+                tqdm.write(runs.sentence(done, scores))
         if last or scores or done % options.checkpoint_every == 0:
             notes = {"data": {"next_step": done}, "fingerprint": objective.fingerprint}
             checkpoints.save(done, state, notes, scores)
@@ -167,7 +166,8 @@ def _steps(run: Run, state, start: int, checkpoints, log: Log, preempted, quiet)
             rates.restart()
         if taken_away:
             checkpoints.wait()
-            raise hosts.Preempted(done)
+            raise hosts.Preempted(done, taken_away)
+        bar.update()
         if last:
             break
     bar.close()
