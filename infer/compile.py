@@ -131,7 +131,7 @@ def add_result(path: str, settings: dict[str, Any], found: dict[str, Any]) -> No
 def overview(results: list[dict[str, Any]]) -> str:
     """Decodes of a results file as aligned text, a line each; ``-`` where nothing is known."""
     titles = ("model", "slice", "mesh", "GiB a chip", "Mcycles a round", "copies")
-    rows = [titles]
+    rows: list[tuple[str, ...]] = [titles]
     for result in results:
         settings, programs = result["settings"], result["programs"]
         if "mesh" not in settings:
