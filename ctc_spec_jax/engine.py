@@ -315,11 +315,13 @@ class Engine:
                 f"prompt {index}: expected token ids below the target's vocabulary of {vocab}, "
                 f"found {min(row) if min(row) < 0 else max(row)}"
             )
-        if len(row) + max_new_tokens > positions:
+        room = positions - max_new_tokens
+        if room < 1:
+            raise InputError(f"max_new_tokens: expected below {positions}, found {max_new_tokens}")
+        if len(row) > room:
             raise InputError(
-                f"prompt {index}: expected at most {max(0, positions - max_new_tokens)} tokens, so "
-                f"that {max_new_tokens} new ones fit the target's {positions} positions, found "
-                f"{len(row)}"
+                f"prompt {index}: expected at most {room} tokens, so that {max_new_tokens} new "
+                f"ones fit the target's {positions} positions, found {len(row)}"
             )
 
 

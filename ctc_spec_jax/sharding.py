@@ -93,7 +93,10 @@ def make_mesh(
     if open_axes and len(devices) % fixed == 0:
         sizes[open_axes[0]] = len(devices) // fixed
     if int(np.prod(list(sizes.values()))) != len(devices):
-        raise InputError(f"mesh: expected sizes whose product is {len(devices)}, found {found}")
+        raise InputError(
+            f"mesh: expected sizes whose product is the number of devices, {len(devices)}, "
+            f"found {found}"
+        )
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
 

@@ -256,7 +256,7 @@ def _parse() -> argparse.Namespace:
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.target and not arguments.drafter:
-        raise InputError("--drafter: expected a folder beside --target, found none")
+        raise InputError("--drafter: expected the folder of a drafter for --target, found none")
     if arguments.prompt is not None and arguments.prompts:
         raise InputError("--prompt: expected it or --prompts, found both")
     check_counts(arguments, ("repeats", "num_prompts", "max_new_tokens", "batch"))

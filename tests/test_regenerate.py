@@ -381,7 +381,8 @@ def test_an_interrupted_run_goes_on(call, place, tmp_path, monkeypatch):
         countdown = iter(range(batches, -1, -1))
         try:
             call(*chats)
-        except KeyboardInterrupt:
+        except SystemExit as end:
+            assert end.code == 130
             sizes.append(len(lines(tmp_path / "out.jsonl")))
     assert sizes[0] == 0 and 0 < sizes[-1] < len(TEXTS)
     assert lines(tmp_path / "out.jsonl") == expected

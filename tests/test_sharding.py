@@ -83,8 +83,8 @@ def test_axes_that_divide():
     [
         ((0, 1, 1), "sizes of at least 1 .* found data 0"),
         ((-1, -1, 1), "one -1 at most"),
-        ((7, 3, 1), "sizes whose product is 1, found data 7, fsdp 3"),
-        ((-1, 2, 1), "sizes whose product is 1"),
+        ((7, 3, 1), "sizes whose product is the number of devices, 1, found data 7, fsdp 3"),
+        ((-1, 2, 1), "sizes whose product is the number of devices, 1"),
     ],
 )
 def test_bad_meshes(sizes, pattern):

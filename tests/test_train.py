@@ -327,7 +327,7 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path, workplace, objective
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("mesh.data=3", "mesh: expected sizes whose product is 1, found data 3, fsdp 1, tensor 1"),
+        ("mesh.data=3", "mesh: expected sizes whose product is the number of devices, 1, found"),
         ("mesh.fsdp=-1", "mesh: expected sizes of at least 1 and one -1 at most, found data -1, "),
         ("dtype=float16", "dtype: expected 'float32' or 'bfloat16', found 'float16'"),
         ("optim.average=1.0", "optim.average: expected 0 to 1, found 1.0"),
