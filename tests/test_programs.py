@@ -319,7 +319,9 @@ def test_the_other_lines_of_a_file_run(pair, call, capsys, tmp_path, monkeypatch
 
 
 def test_a_target_needs_its_own_drafter(pair, sentence):
-    assert "--drafter: expected the folder of a drafter" in sentence(generate, "--target", pair.target)
+    assert "--drafter: expected the folder of a drafter" in sentence(
+        generate, "--target", pair.target
+    )
 
 
 def test_tokens_that_the_target_does_not_have(pair):
