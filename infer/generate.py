@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from ctc_spec_jax import demo
@@ -38,6 +37,7 @@ from ctc_spec_jax.engine import Engine, Generation
 from ctc_spec_jax.errors import InputError
 from infer.prompts import Prompt, choose_prompts, columns, report
 from train import data
+from train.loops import fresh_rounds
 
 _LOOPS = 0.4
 
@@ -118,7 +118,7 @@ def summarise(
     """
     loops = [data.loop_share(answer.tokens) > _LOOPS for answer in answers]
     whole = [answer for answer, loop in zip(answers, loops, strict=True) if not loop]
-    fresh = [_before_loop(answer) for answer in answers]
+    fresh = [fresh_rounds(answer.tokens, answer.emitted, _LOOPS) for answer in answers]
     accepted = sum(n for n, _ in fresh) / sum(rounds for _, rounds in fresh)
     tokens = sum(len(answer.tokens) for answer in answers)
     rounds = sum(answer.rounds for answer in answers)
@@ -145,14 +145,6 @@ def summarise(
 
 def _mean_length(answers: list[Generation]) -> float:
     return sum(len(a.tokens) for a in answers) / sum(a.rounds for a in answers)
-
-
-def _before_loop(answer: Generation) -> tuple[int, int]:
-    """Tokens and rounds of the rounds that began before the answer began to loop."""
-    ends = np.cumsum(answer.emitted)
-    begins = ends - np.asarray(answer.emitted)
-    rounds = int(np.sum(begins < max(1, data.before_loop(answer.tokens, _LOOPS))))
-    return int(ends[rounds - 1]), rounds
 
 
 def table(results: list[Result]) -> str:

@@ -188,7 +188,7 @@ def test_exported_target_is_the_newest_checkpoint(whole, workplace, objective):
 
 
 def initial_state(objective, config):
-    return program.Run(config, objective, objective.mesh).state_shapes()[1]
+    return program.Run(config, objective, objective.mesh).state_shapes()
 
 
 def make_objective(config):

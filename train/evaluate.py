@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ctc_spec_jax import sharding, xla
 from ctc_spec_jax.decode import Loop, decode
 from ctc_spec_jax.types import NO_TOKEN, Request
-from train.loops import before_loop
+from train.loops import fresh_rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +83,6 @@ def _counts(tokens, lengths, stats, loops: float) -> Drafts:
     ]
     fresh, rounds = np.asarray(kept, np.int64).T
     return Drafts(fresh, rounds, stats.accepted, stats.drafted, stats.rounds)
-
-
-def fresh_rounds(tokens, emitted, loops: float) -> tuple[int, int]:
-    """Tokens and rounds of the rounds that began before the answer began to loop."""
-    emitted = np.asarray(emitted)
-    begins = np.cumsum(emitted) - emitted
-    rounds = int(np.sum(begins < max(1, before_loop(tokens, loops))))
-    return int(emitted[:rounds].sum()), rounds
 
 
 def summary(drafts: Drafts, categories: Sequence[str], resamples: int = 2000) -> dict[str, Any]:

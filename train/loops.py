@@ -19,6 +19,14 @@ def before_loop(tokens, max_loop: float, group: int = 8) -> int:
     return min(len(tokens), group - 1) if not len(fine) else int(fine[-1]) + group
 
 
+def fresh_rounds(tokens, emitted, loops: float) -> tuple[int, int]:
+    """Tokens and rounds of the rounds that began before the answer began to loop."""
+    emitted = np.asarray(emitted)
+    begins = np.cumsum(emitted) - emitted
+    rounds = int(np.sum(begins < max(1, before_loop(tokens, loops))))
+    return int(emitted[:rounds].sum()), rounds
+
+
 def _repeats(tokens, group: int) -> np.ndarray:
     """Whether the group that starts at each place occurred earlier; bool, one per group."""
     tokens = np.asarray(tokens)

@@ -49,28 +49,24 @@ class Run:
         self.step_function = make_step(objective, self.update, mesh, config.optim.average)
         self.key, self._init_key = jax.random.split(jax.random.key(config.run.seed))
 
+    def _fresh(self, key, initial):
+        params = self.objective.init(key) if initial is None else initial
+        return init_state(params, self.update, self.config.optim.average)
+
     def state_shapes(self):
         """Shapes, types and places of the training state."""
-
-        def fresh(key):
-            return init_state(self.objective.init(key), self.update, self.config.optim.average)
-
-        shapes = jax.eval_shape(fresh, self._init_key)
+        shapes = jax.eval_shape(self._fresh, self._init_key, None)
         places = sharding.parameters(self.mesh, shapes)
-        return fresh, jax.tree.map(
+        return jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
         )
 
     def fresh_state(self):
         """The state before the first step, made where it belongs."""
-        fresh, shapes = self.state_shapes()
-        places = jax.tree.map(lambda x: x.sharding, shapes)
-        if self.objective.initial is not None:
-            fresh = lambda _: init_state(  # noqa: E731
-                self.objective.initial, self.update, self.config.optim.average
-            )
+        places = jax.tree.map(lambda x: x.sharding, self.state_shapes())
         with jax.set_mesh(self.mesh):
-            return jax.jit(fresh, out_shardings=places)(self._init_key)
+            make = jax.jit(self._fresh, out_shardings=places)
+            return make(self._init_key, self.objective.initial)
 
     def place(self, local):
         """This process's rows of a batch as global arrays [M, R, ...]."""
@@ -113,7 +109,7 @@ def train(config: TrainConfig, objective, mesh: Mesh, quiet: bool = False) -> di
     ):
         run = Run(config, objective, mesh)
         if start:
-            state, _ = checkpoints.restore(start, run.state_shapes()[1])
+            state, _ = checkpoints.restore(start, run.state_shapes())
             tqdm.write(f"resumed from step {start} in {folder}")
         else:
             state = run.fresh_state()
@@ -123,7 +119,7 @@ def train(config: TrainConfig, objective, mesh: Mesh, quiet: bool = False) -> di
         checkpoints.wait()
         best = checkpoints.best()
         if best is not None and best != checkpoints.latest():
-            state, _ = checkpoints.restore(best, run.state_shapes()[1])
+            state, _ = checkpoints.restore(best, run.state_shapes())
         record = runs.record(config, objective, log, best)
         objective.export(run.weights(state), str(folder / "export"), record)
         if not quiet and jax.process_index() == 0:
@@ -177,7 +173,7 @@ def _steps(run: Run, state, start: int, checkpoints, log: Log, preempted, quiet)
 def dry_run(config: TrainConfig, objective, mesh: Mesh) -> str:
     """What a run would do, without a step of it: see ``plan.describe``."""
     run = Run(config, objective, mesh)
-    _, shapes = run.state_shapes()
+    shapes = run.state_shapes()
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         run.place(next(objective.batches(0))),

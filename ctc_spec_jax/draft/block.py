@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from ctc_spec_jax.chunked_head import chunked_token_log_probs
 from ctc_spec_jax.draft.frames import FramesConfig, FramesDrafter
 from ctc_spec_jax.draft.frames_loss import FramesLoss
+from ctc_spec_jax.draft.training import by_position
 from ctc_spec_jax.models.decoder import output_head
 from ctc_spec_jax.tree import best_paths
 from ctc_spec_jax.types import Params
@@ -65,21 +66,10 @@ class BlockLoss(FramesLoss):
         del params
         count = min(labels.shape[1], hidden.shape[1])
         labels = labels[:, :count]
-        real = jnp.arange(count, dtype=jnp.int32)[None] < label_lengths[:, None]
         chunk = self.weights.chunk * self.shards
         log_prob, best = chunked_token_log_probs(
             hidden[:, :count], output_head(frozen), labels, chunk
         )
-        anchors = jnp.maximum(jnp.sum(label_lengths > 0), 1).astype(jnp.float32)
-        right = (best & real).astype(jnp.float32)
-
-        def at(x):
-            return jnp.sum(jnp.where(real, x, 0.0), axis=0) / anchors
-
-        metrics = {
-            "loss_at": at(-log_prob),
-            "accuracy_at": at(right),
-            "prefix_at": at(jnp.cumprod(right, axis=1)),
-        }
+        metrics = by_position(log_prob, best, label_lengths)
         decay = self.weights.decay ** jnp.arange(count, dtype=jnp.float32)
         return jnp.sum(decay / jnp.sum(decay) * metrics["loss_at"]), metrics

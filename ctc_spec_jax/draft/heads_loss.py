@@ -19,7 +19,7 @@ from ctc_spec_jax.chunked_head import chunked_token_log_probs
 from ctc_spec_jax.distillation import chunked_distillation
 from ctc_spec_jax.draft.anchors import sample_anchors
 from ctc_spec_jax.draft.heads import HeadsDrafter, head_of
-from ctc_spec_jax.draft.training import Loss
+from ctc_spec_jax.draft.training import Loss, by_position
 from ctc_spec_jax.models.decoder import DecoderLM, output_head
 from ctc_spec_jax.types import Params
 
@@ -62,17 +62,7 @@ class HeadsLoss:
         chunk = self.weights.chunk * self.shards
         log_prob, best = chunked_token_log_probs(outputs, head, labels, chunk)
         count = jnp.sum(lengths > 0)
-        anchors = jnp.maximum(count, 1).astype(jnp.float32)
-        right = (best & real).astype(jnp.float32)
-
-        def at(x):
-            return jnp.sum(jnp.where(real, x, 0.0), axis=0) / anchors
-
-        metrics = {
-            "loss_at": at(-log_prob),
-            "accuracy_at": at(right),
-            "prefix_at": at(jnp.cumprod(right, axis=1)),
-        }
+        metrics = by_position(log_prob, best, lengths)
         decay = self.weights.decay ** jnp.arange(self.num_labels, dtype=jnp.float32)
         decay = decay / jnp.sum(decay)
         loss = self.weights.cross_entropy * jnp.sum(decay * metrics["loss_at"])
@@ -80,7 +70,8 @@ class HeadsLoss:
         used = {name: weight for name, weight in used.items() if weight}
         if used:
             found = self._divergences(used, outputs, head, laws, frozen, real)
-            share = at(jnp.ones_like(log_prob))
+            share = jnp.sum(real, axis=0).astype(jnp.float32)
+            share = share / jnp.maximum(count, 1).astype(jnp.float32)
             metrics |= {name: value * share for name, value in found.items()}
             loss += sum(weight * jnp.sum(decay * metrics[name]) for name, weight in used.items())
         return loss, count, metrics

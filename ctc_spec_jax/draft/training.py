@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 from jax import Array
 
 from ctc_spec_jax.types import Params
@@ -52,6 +53,29 @@ class Loss:
     temperature: float = 1.0
     decay: float = 0.9
     chunk: int = 64
+
+
+def by_position(log_prob, best, label_lengths) -> dict[str, Array]:
+    """Metrics of K labels after every anchor, means over the anchors that have one, by position.
+
+    Args:
+      log_prob: float32 [A, K], of the labels, nats.
+      best: bool [A, K], no token is more probable.
+      label_lengths: int32 [A], labels that count; one past them adds 0.
+
+    Returns:
+      ``loss_at`` [K]: nats; ``accuracy_at`` [K]: the label is the most probable token;
+      ``prefix_at`` [K]: it is, and so are all before it.
+    """
+    real = jnp.arange(log_prob.shape[1], dtype=jnp.int32)[None] < label_lengths[:, None]
+    anchors = jnp.maximum(jnp.sum(label_lengths > 0), 1).astype(jnp.float32)
+    right = (best & real).astype(jnp.float32)
+
+    def at(x):
+        return jnp.sum(jnp.where(real, x, 0.0), axis=0) / anchors
+
+    prefix = jnp.cumprod(right, axis=1)
+    return {"loss_at": at(-log_prob), "accuracy_at": at(right), "prefix_at": at(prefix)}
 
 
 class DraftLoss(Protocol):
