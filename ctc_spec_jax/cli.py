@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ctc_spec_jax import demo
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.streaming import Piece
@@ -69,6 +70,47 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     print(f"compiled programs are kept in {folder}", file=sys.stderr)
+
+
+_DEPTH = 8
+"""Deepest node of drafts that no folder gives a depth."""
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """Flags for the way to draft; see ``with_drafts``."""
+    parser.add_argument("--drafter", help="folder of a drafter (default: the demo's, for the demo)")
+    parser.add_argument(
+        "--method",
+        default="",
+        help="how to draft: without --drafter one of the methods without parameters, with the "
+        "folder of a language model one of those that draft with it",
+    )
+    parser.add_argument(
+        "--tree",
+        default="",
+        help="how a method builds its trees, where it knows several ways, such as transform, the "
+        "published static template",
+    )
+
+
+def with_drafts(engine: Engine, arguments: argparse.Namespace, nodes: int) -> Engine:
+    """The engine with drafts of at most ``nodes`` nodes as the flags of ``add_method`` say.
+
+    Without any of them the demo target drafts by its own drafter; others decode plainly.
+
+    Raises:
+      InputError: no such method, or one that needs another folder or tree.
+    """
+    folder, method, tree = arguments.drafter, arguments.method, arguments.tree
+    if folder is None and method:
+        return engine.with_method(method, nodes, _DEPTH, tree)
+    if folder is None and arguments.target is None:
+        folder = str(demo.drafter_folder())
+    if folder is None:
+        if tree:
+            raise InputError(f"--tree: expected it beside --drafter or --method, found {tree!r}")
+        return engine.plain()
+    return engine.with_drafter(folder, nodes, DTYPES[arguments.dtype], tree, method)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -87,21 +87,26 @@ class Engine:
         return engine if drafter is None else engine.with_drafter(drafter, tree_nodes, dtype)
 
     def with_drafter(
-        self, folder: str, tree_nodes: int, dtype=jnp.float32, tree: str = ""
+        self, folder: str, tree_nodes: int, dtype=jnp.float32, tree: str = "", method: str = ""
     ) -> Engine:
-        """The same target with a drafter of a folder; see ``folders.load_drafter`` for ``tree``."""
+        """The same target with a drafter of a folder; see ``folders.load_drafter``."""
         drafter, params = folders.load_drafter(
-            folder, self.lm, self.tokenizer, tree_nodes, dtype, tree, self.mesh
+            folder, self.lm, self.tokenizer, tree_nodes, dtype, tree, self.mesh, method
         )
         return dataclasses.replace(self, drafter=drafter, draft_params=params)
 
-    def with_method(self, name: str, tree_nodes: int, depth: int) -> Engine:
+    def with_method(self, name: str, tree_nodes: int, depth: int, tree: str = "") -> Engine:
         """The same target with a method of ``recipes`` that has no parameters, by its name."""
         recipe = recipes.find(name)
-        drafter = recipe.drafter(recipe.network(self.lm.config, Shape()), tree_nodes, depth, "")
+        if tree_nodes < 2:
+            raise InputError(f"tree nodes: expected at least 2, found {tree_nodes}")
+        drafter = recipe.drafter(recipe.network(self.lm.config, Shape()), tree_nodes, depth, tree)
         params = jax.eval_shape(drafter.init_params, jax.random.key(0))
         if params:
-            raise InputError(f"method: expected one without parameters, found {name!r}")
+            raise InputError(
+                f"method: expected one without parameters, found {name!r}, which needs the folder "
+                "of a drafter"
+            )
         return dataclasses.replace(self, drafter=drafter, draft_params=params)
 
     def plain(self) -> Engine:
@@ -297,7 +302,7 @@ class Engine:
             keys,
             self.stop_ids,
             self.lm.vocab_size,
-            lambda: _pieces_of(self.tokenizer, self.lm.vocab_size),
+            lambda: stops.pieces_of(self.tokenizer, self.lm.vocab_size),
         )
 
     def _check_memory(self, loop: Loop, tokens, lengths, request: Request) -> None:
@@ -335,15 +340,3 @@ def seed_keys(seed: int | Sequence[int], batch: int):
     if len(seed) != batch:
         raise InputError(f"seed: expected one for each of the {batch} prompts, found {len(seed)}")
     return jnp.stack([loop_of.row_keys(jax.random.key(int(s)), 1)[0] for s in seed])
-
-
-_pieces: dict[tuple[int, int], tuple[Any, list[bytes]]] = {}
-
-
-def _pieces_of(tokenizer, vocab_size: int) -> list[bytes]:
-    """Bytes of every token, made once per tokenizer."""
-    # Tokenizers cannot be hashed; holding on to this one keeps its number its own.
-    place = (id(tokenizer), vocab_size)
-    if place not in _pieces:
-        _pieces[place] = (tokenizer, stops.token_bytes(tokenizer, vocab_size))
-    return _pieces[place][1]

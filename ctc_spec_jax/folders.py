@@ -149,6 +149,7 @@ def load_drafter(
     dtype=jnp.float32,
     tree: str = "",
     mesh: Mesh | None = None,
+    method: str = "",
 ):
     """Drafter and parameters of a drafter folder, checked against the target.
 
@@ -161,17 +162,22 @@ def load_drafter(
       dtype: of the parameters.
       tree: how a tree is built where the method knows several ways; its default if empty.
       mesh: where the parameters lie; None for the default device.
+      method: by which the folder drafts, a name of ``recipes``; its default if empty. Only those
+        of a language model leave a choice.
 
     Raises:
-      InputError: missing or broken files, or a drafter made for another target.
+      InputError: missing or broken files, or a drafter made for another target or method.
     """
     folder = pathlib.Path(folder)
     description = _read_config(folder)
     if nodes < 2:
         raise InputError(f"tree nodes: expected at least 2, found {nodes}")
     if description["model_type"] in FAMILIES:
-        return _load_language_model(folder, lm, tokenizer, nodes, dtype, tree, mesh)
-    recipe = recipes.find(description["model_type"])
+        recipe = _choose(method or recipes.LANGUAGE_MODEL, recipes.of_language_models(), folder)
+        network, params = _load_language_model(folder, lm, tokenizer, dtype, mesh)
+        return recipe.drafter(network, nodes, nodes - 1, tree), params
+    kind = description["model_type"]
+    recipe = _choose(method or kind, [kind], folder)
     network = _network(recipe.config, description, folder / "config.json")
     _check_pair(network, description, lm, tokenizer)
     drafter = recipe.drafter(network, nodes, description["tree_depth"], tree)
@@ -187,13 +193,20 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise InputError(f"drafter: expected JSON in {path}, found {error}") from error
     kind = description.get("model_type") if isinstance(description, dict) else None
-    if kind not in {*recipes.RECIPES, *FAMILIES} - {recipes.LANGUAGE_MODEL}:
+    if kind not in {*recipes.RECIPES, *FAMILIES}.difference(recipes.of_language_models()):
         names = ", ".join([*recipes.RECIPES, *FAMILIES])
         raise InputError(f"drafter model_type: expected one of {names}, found {kind!r} in {path}")
     return description
 
 
-def _load_language_model(folder, lm: DecoderLM, tokenizer, nodes: int, dtype, tree: str, mesh):
+def _choose(method: str, known: list[str], folder: pathlib.Path) -> recipes.Recipe:
+    recipe = recipes.find(method)
+    if method not in known:
+        raise InputError(f"method: expected {' or '.join(known)} for {folder}, found {method!r}")
+    return recipe
+
+
+def _load_language_model(folder, lm: DecoderLM, tokenizer, dtype, mesh):
     own, params, own_tokenizer = load_target(str(folder), dtype, mesh=mesh)
     if own.vocab_size != lm.vocab_size:
         raise InputError(
@@ -202,8 +215,7 @@ def _load_language_model(folder, lm: DecoderLM, tokenizer, nodes: int, dtype, tr
         )
     if tokenizer is not None:
         _check_tokenizer(tokenizer, tokenizer_hash(own_tokenizer))
-    drafter = recipes.find(recipes.LANGUAGE_MODEL).drafter(own.config, nodes, nodes - 1, tree)
-    return drafter, params
+    return own.config, params
 
 
 def _network(network_class, description: dict[str, Any], path: pathlib.Path):

@@ -41,7 +41,8 @@ class Recipe:
     ``training.DraftLoss``, None where nothing is trained. ``notes(network)`` are further entries
     of config.json, for readers. ``products(network, length, anchors)`` counts the multiply-adds of
     a training row's forward pass, those of a frozen LM head and all others; without it a run's
-    count of operations leaves the drafter out.
+    count of operations leaves the drafter out. ``language_model`` says that ``network`` is the
+    configuration of one, and that the drafter's folder is that of a language model as a target's.
     """
 
     config: type
@@ -50,6 +51,7 @@ class Recipe:
     loss: Callable[..., Any] | None = None
     notes: Callable[[Any], dict[str, Any]] = lambda network: {}
     products: Callable[[Any, int, int], tuple[int, int]] = lambda network, length, anchors: (0, 0)
+    language_model: bool = False
 
 
 def find(name: str) -> Recipe:
@@ -61,6 +63,11 @@ def find(name: str) -> Recipe:
     if name not in RECIPES:
         raise InputError(f"method: expected one of {', '.join(RECIPES)}, found {name!r}")
     return RECIPES[name]
+
+
+def of_language_models() -> list[str]:
+    """The methods whose drafter folders are those of language models."""
+    return [name for name, recipe in RECIPES.items() if recipe.language_model]
 
 
 def of(network: Any) -> Recipe:
@@ -171,7 +178,7 @@ DEFAULT = "ctc"
 """The method that experiments train unless they name another."""
 
 LANGUAGE_MODEL = "small_lm"
-"""The method whose drafter folder is that of a language model, as a target's is."""
+"""The method that the folder of a language model drafts by unless another one is named."""
 
 RECIPES: dict[str, Recipe] = {
     "ctc": Recipe(CTCConfig, _ctc_network, _ctc_drafter, CTCLoss, _ctc_notes, frames_products),
@@ -199,7 +206,9 @@ RECIPES: dict[str, Recipe] = {
         HeadsLoss,
         products=MLPSpeculatorConfig.products,
     ),
-    LANGUAGE_MODEL: Recipe(DecoderConfig, _small_lm_network, _small_lm_drafter),
+    LANGUAGE_MODEL: Recipe(
+        DecoderConfig, _small_lm_network, _small_lm_drafter, language_model=True
+    ),
     "prompt_lookup": Recipe(
         LookupConfig,
         lambda target, shape: LookupConfig(target.width, target.vocab_size),

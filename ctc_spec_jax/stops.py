@@ -102,6 +102,18 @@ def token_bytes(tokenizer, vocab_size: int) -> list[bytes]:
     return [b"" if token is None else _decode(token, steps) for token in tokens]
 
 
+_pieces: dict[tuple[int, int], tuple[typing.Any, list[bytes]]] = {}
+
+
+def pieces_of(tokenizer, vocab_size: int) -> list[bytes]:
+    """``token_bytes``, made once per tokenizer."""
+    # Tokenizers cannot be hashed; holding on to this one keeps its number its own.
+    place = (id(tokenizer), vocab_size)
+    if place not in _pieces:
+        _pieces[place] = (tokenizer, token_bytes(tokenizer, vocab_size))
+    return _pieces[place][1]
+
+
 def _encode(text: str) -> bytes:
     data = text.encode(errors="ignore")
     if not text or data.decode() != text:  # JSON can spell half of a surrogate pair

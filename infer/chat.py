@@ -17,11 +17,13 @@ import jax
 from ctc_spec_jax import demo
 from ctc_spec_jax.cli import (
     DTYPES,
+    add_method,
     add_options,
     exit_on_bad_input,
     option_fields,
     painted,
     use_compilation_cache,
+    with_drafts,
 )
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
@@ -33,7 +35,7 @@ _RESET = "/reset"
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", help="Hugging Face folder or hub id (default: the demo)")
-    parser.add_argument("--drafter", help="folder of a drafter (default: none, the demo's own)")
+    add_method(parser)
     parser.add_argument("--template", help="Jinja file with a chat template")
     parser.add_argument("--system", help="first message")
     parser.add_argument("--context", type=int, default=0, help="tokens of all turns together")
@@ -88,9 +90,9 @@ def main() -> None:
         # Accelerators round the inputs of float32 products by default, which can swap near ties.
         jax.config.update("jax_default_matmul_precision", "highest")
     dtype = DTYPES[arguments.dtype]
-    engine = Engine.from_pretrained(
-        arguments.target, arguments.drafter, arguments.tree_nodes, dtype
-    )
+    target = arguments.target or str(demo.target_folder())
+    engine = Engine.from_pretrained(target, dtype=dtype)
+    engine = with_drafts(engine, arguments, arguments.tree_nodes)
     if arguments.template:
         _use_template(engine, arguments.template)
     fields = option_fields(arguments, engine)

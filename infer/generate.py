@@ -27,11 +27,13 @@ from tqdm import tqdm
 from ctc_spec_jax import demo
 from ctc_spec_jax.cli import (
     DTYPES,
+    add_method,
     add_options,
     exit_on_bad_input,
     option_fields,
     painted,
     use_compilation_cache,
+    with_drafts,
 )
 from ctc_spec_jax.engine import Engine, Generation
 from ctc_spec_jax.errors import InputError
@@ -218,19 +220,13 @@ def check_counts(arguments: argparse.Namespace, names: Sequence[str]) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", help="Hugging Face folder or hub id (default: the demo)")
-    parser.add_argument("--drafter", help="folder of a drafter (default: the demo's)")
+    add_method(parser)
     parser.add_argument("--prompt", help="one prompt")
     parser.add_argument("--prompts", help="JSONL file with 'prompt' or 'turns'")
     parser.add_argument("--num-prompts", type=int, default=24, help="held-out prompts to take")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument(
         "--tree-nodes", type=int, nargs="+", default=[demo.TREE_NODES], help="one or more sizes"
-    )
-    parser.add_argument(
-        "--tree",
-        default="",
-        help="how a method builds its trees, where it knows several ways, such as transform, the "
-        "published static template",
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--compare", action="store_true", help="also decode plainly")
@@ -247,8 +243,6 @@ def _parse() -> argparse.Namespace:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.target and not arguments.drafter:
-        raise InputError("--drafter: expected the folder of a drafter for --target, found none")
     if arguments.prompt is not None and arguments.prompts:
         raise InputError("--prompt: expected it or --prompts, found both")
     check_counts(arguments, ("repeats", "num_prompts", "max_new_tokens", "batch"))
@@ -266,10 +260,12 @@ def main() -> None:
     if arguments.dtype == "float32":
         # Accelerators round the inputs of float32 products by default, which can swap near ties.
         jax.config.update("jax_default_matmul_precision", "highest")
-    engine = Engine.from_pretrained(
-        arguments.target, arguments.drafter, arguments.tree_nodes[0], dtype
-    )
-    folder = arguments.drafter or str(demo.drafter_folder())
+    target = arguments.target or str(demo.target_folder())
+    engine = Engine.from_pretrained(target, dtype=dtype)
+    engine = with_drafts(engine, arguments, arguments.tree_nodes[0])
+    plain = engine.drafter.num_nodes == 1
+    if plain and arguments.compare:
+        raise InputError("--compare: expected --drafter or --method for --target, found neither")
     fields = option_fields(arguments, engine)
     if arguments.prompt is not None:
         engine.encode([arguments.prompt], arguments.max_new_tokens)
@@ -282,7 +278,8 @@ def main() -> None:
             show(engine, prompt, arguments.seed + index)
     else:
         show(engine, prompts[0], arguments.seed)
-        results = compare_sizes(engine, folder, prompts, arguments)
+        sizes = [1] if plain else arguments.tree_nodes
+        results = compare_sizes(engine, sizes, prompts, arguments)
         print(table(results))
         if arguments.json:
             write_json(arguments.json, results)
@@ -307,13 +304,13 @@ def show(engine: Engine, prompt: Prompt, seed: int) -> None:
 
 
 def compare_sizes(
-    engine: Engine, folder: str, prompts: Sequence[Prompt], arguments: argparse.Namespace
+    engine: Engine, sizes: Sequence[int], prompts: Sequence[Prompt], arguments: argparse.Namespace
 ) -> list[Result]:
-    """Measure every tree size of ``--tree-nodes``."""
+    """Measure every tree size."""
     sampled = any(prompt.options.get("temperature") for prompt in prompts)
     results = []
-    for nodes in arguments.tree_nodes:
-        sized = engine.with_drafter(folder, nodes, DTYPES[arguments.dtype], arguments.tree)
+    for nodes in sizes:
+        sized = with_drafts(engine, arguments, nodes)
         baseline = sized.plain() if arguments.compare else None
         answers, seconds = measure(
             sized, baseline, prompts, arguments.repeats, arguments.batch, arguments.seed

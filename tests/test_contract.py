@@ -48,7 +48,7 @@ def fresh(drafter, key):
     return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, drafter.init_params(key))
 
 
-TINY = {"small_lm": nearly_target}
+TINY = dict.fromkeys(recipes.of_language_models(), nearly_target)
 """Parameters by method; ``fresh`` for all others."""
 
 MORE = {"small_lm": ("greedy-adaptive",)}
@@ -265,13 +265,15 @@ def test_parameters_return_from_disk(name, tmp_path):
         checkpoint.save_params(tmp_path / "orbax", params)
         equal(checkpoint.load_params(tmp_path / "orbax", params), params)
     lm, tokenizer = target()[0], letter_tokenizer()
-    if name == recipes.LANGUAGE_MODEL:
+    recipe = recipes.find(name)
+    if recipe.language_model:
         convert.save_target(tmp_path / "drafter", drafter.lm, params)
         tokenizer.save_pretrained(tmp_path / "drafter")
     else:
         folders.save_drafter(tmp_path / "drafter", name, drafter, params, "tiny", tokenizer, {})
-    nodes = DEPTH + 1 if name == recipes.LANGUAGE_MODEL else NODES
-    loaded, found = folders.load_drafter(tmp_path / "drafter", lm, tokenizer, nodes)
+    loaded, found = folders.load_drafter(tmp_path / "drafter", lm, tokenizer, NODES, method=name)
+    if recipe.language_model:  # such a folder gives no depth: drafts are as deep as nodes allow
+        drafter = recipe.drafter(recipe.network(lm.config, SHAPE), NODES, NODES - 1, "")
     assert loaded == drafter
     equal(found, params)
 

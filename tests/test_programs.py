@@ -3,6 +3,7 @@
 Runs ``main`` in this process, on a tiny pair of random weights that goes through ordinary folders.
 """
 
+import argparse
 import dataclasses
 import functools
 import importlib
@@ -19,8 +20,11 @@ import jax
 import numpy as np
 import pytest
 
-from ctc_spec_jax import demo, folders
+from ctc_spec_jax import cli, demo, folders
+from ctc_spec_jax.decode import NoDraft
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
+from ctc_spec_jax.draft.ngram import PromptLookup
+from ctc_spec_jax.draft.small_lm import SmallLM
 from ctc_spec_jax.engine import Engine, Generation
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
@@ -318,10 +322,63 @@ def test_the_other_lines_of_a_file_run(pair, call, capsys, tmp_path, monkeypatch
     assert result["tokens"] == 12 and len(result["text"]) == 2
 
 
-def test_a_target_needs_its_own_drafter(pair, sentence):
-    assert "--drafter: expected the folder of a drafter" in sentence(
-        generate, "--target", pair.target
-    )
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (("--compare",), "--compare: expected --drafter or --method for --target, found neither"),
+        (("--tree", "x"), "--tree: expected it beside --drafter or --method, found 'x'"),
+        (("--method", "oracle"), "method: expected one of ctc, .* found 'oracle'"),
+        (("--method", "small_lm"), "method: expected one without parameters, found 'small_lm', "),
+        (("--method", "prompt_lookup", "--tree", "x"), "tree: expected '', .* found 'x'"),
+        (("--drafter", "{target}", "--method", "ctc"), "method: expected small_lm.* found 'ctc'"),
+        (("--drafter", "{drafter}", "--method", "medusa"), "method: expected ctc .* 'medusa'"),
+    ],
+)
+@pytest.mark.parametrize("program", [generate, chat])
+def test_methods_that_do_not_fit(program, arguments, pattern, pair, sentence):
+    if program is chat and arguments == ("--compare",):
+        pytest.skip("a chat compares nothing")
+    places = [argument.format(**dataclasses.asdict(pair)) for argument in arguments]
+    assert re.search(pattern, sentence(program, "--target", pair.target, *places))
+
+
+@pytest.mark.parametrize("target", [(), ("--target", "{target}")])
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ((), None),
+        (("--method", "prompt_lookup"), PromptLookup),
+        (("--drafter", "{target}"), SmallLM),
+        (("--drafter", "{target}", "--method", "small_lm"), SmallLM),
+        (("--drafter", "{drafter}", "--method", "ctc"), CTCDrafter),
+    ],
+)
+def test_methods_by_name(arguments, kind, target, pair, monkeypatch):
+    """What the flags choose, for the target of the pair, which is the demo here, and named."""
+    monkeypatch.setattr(demo, "drafter_folder", lambda: pair.drafter)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--target")
+    cli.add_method(parser)
+    places = [part.format(**dataclasses.asdict(pair)) for part in (*target, *arguments)]
+    given = argparse.Namespace(dtype="float32", **vars(parser.parse_args(places)))
+    drafter = cli.with_drafts(Engine.from_pretrained(str(pair.target)), given, 5).drafter
+    assert type(drafter) is (kind or (NoDraft if target else CTCDrafter))
+    assert kind is not PromptLookup or (drafter.num_nodes, drafter.max_depth) == (5, 4)
+
+
+def test_generate_without_a_drafter(pair, call, tmp_path):
+    """Plain decoding has no tree sizes to measure; a method without parameters has them."""
+    places = ("--target", pair.target, "--prompt", "import os", "--repeats", 1)
+    numbers = ("--max-new-tokens", 24, "--tree-nodes", 3, 6, "--json", tmp_path / "out.json")
+    call(generate, *places, *numbers)
+    plain = json.loads((tmp_path / "out.json").read_text())
+    assert [size["tree_nodes"] for size in plain["sizes"]] == [1]
+    assert plain["rounds"] == plain["tokens"]
+    call(generate, *places, *numbers, "--method", "prompt_lookup", "--compare")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [size["tree_nodes"] for size in result["sizes"]] == [3, 6]
+    assert result["text"] == plain["text"] and result["identical"]
+    assert result["rounds"] < result["tokens"]
 
 
 def test_tokens_that_the_target_does_not_have(pair):
