@@ -26,6 +26,12 @@ from ctc_spec_jax.errors import InputError
 HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 """Generation -> GiB of memory of a chip."""
 
+BANDWIDTH = {"v4": 1.228e12, "v5e": 0.819e12, "v5p": 2.765e12, "v6e": 1.64e12}
+"""Generation -> bytes per second that a chip reads from its memory, by the vendor."""
+
+CLOCK = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
+"""Generation -> cycles per second: the vendor's peak in bfloat16 by its matrix units' width."""
+
 _SETTINGS = {"v4": {"chip_config_name": "megacore"}}
 """As on real chips: the two cores of a v4 are one device."""
 
@@ -42,11 +48,13 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of chips; ``memory`` is that of one chip in bytes."""
+    """A slice of chips: one chip's memory in bytes, bytes and cycles per second."""
 
     name: str
     devices: tuple[Any, ...]
     memory: int
+    bandwidth: float
+    clock: float
 
 
 def topology(name: str) -> Topology:
@@ -71,7 +79,9 @@ def topology(name: str) -> Topology:
         raise InputError(f"topology: expected a slice that exists, found {name} ({reason})") from (
             error
         )
-    return Topology(name, tuple(chips.devices), HBM[match[1]] << 30)
+    kind = match[1]
+    devices = tuple(chips.devices)
+    return Topology(name, devices, HBM[kind] << 30, BANDWIDTH[kind], CLOCK[kind])
 
 
 def abstract(tree, places):
@@ -133,7 +143,7 @@ def compile_program(
     """
     began = time.perf_counter()
     try:
-        compiled, text, estimated = _compile(lower())
+        compiled, text = _compile(lower())
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"required for ([\w ]+) \(([\d.]+)([GM])\) exceeds", str(error))
         used = used or re.search(r"(program): [Uu]sed ([\d.]+)([GM])\S* of \S+ hbm", str(error))
@@ -142,8 +152,6 @@ def compile_program(
         needed = float(used[2]) * (1 << (30 if used[3] == "G" else 20))
         raise InputError(does_not_fit(f"{what}, {used[1]} alone", needed, chip)) from error
     loop, rest = hlo.summary(text, caches)
-    if not estimated:
-        loop, rest = (dataclasses.replace(part, cycles=0) for part in (loop, rest))
     found = compiled.memory_analysis()
     memory = Memory(
         found.argument_size_in_bytes,
@@ -156,17 +164,14 @@ def compile_program(
 
 
 def _compile(lowered):
-    """A compiled program, its text, and whether the text holds estimates of cycles."""
+    """A compiled program and its text."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
-        try:
-            return compiled, compiled.as_text(), True
-        except jax.errors.JaxRuntimeError:
-            # jaxlib cannot read all programs of a libtpu that is newer than itself. The compiler's
-            # own text is of the moment before it estimates most cycles.
-            (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
-            return compiled, path.read_text(), False
+        # jaxlib cannot read all programs of a libtpu that is newer than itself; the compiler's own
+        # text of the finished program holds the same estimates.
+        (path,) = pathlib.Path(folder).glob("*.after_codegen.txt")
+        return compiled, path.read_text()
 
 
 def does_not_fit(what: str, needed: float, chip: int) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -102,7 +103,7 @@ def compile_all(
     lm, params = folders.abstract_target(given.model, dtype, given.layers)
     sizes = (given.batch, given.prompt, given.new_tokens)
     shape = (given.drafter_layers, given.frames, given.depth)
-    nodes = sorted({1, given.tree_nodes})
+    nodes = sorted({1, *given.tree_nodes})
     work = [(n, "rounds") for n in nodes] + [(nodes[-1], "prefill")]
     for count, kind in tqdm(work, unit=" programs"):
         title = "prefill" if kind == "prefill" else "plain" if count == 1 else f"{count} nodes"
@@ -113,6 +114,21 @@ def compile_all(
         needed = found[title].memory.total
         if needed > slice_.memory:
             raise InputError(aot.does_not_fit(what, needed, slice_.memory))
+
+
+def weights_cycles(given: argparse.Namespace, slice_: aot.Topology) -> int:
+    """Cycles in which a chip reads its part of the target's weights once from its memory.
+
+    No step can take fewer. Of an embedding table that is not the LM head too, a step reads rows.
+    """
+    mesh = sharding.mesh_of(given.mesh, slice_.devices)
+    _, params = folders.abstract_target(given.model, DTYPES[given.dtype], given.layers)
+    placed = aot.abstract(params, sharding.homes(mesh, params))
+    if "head" in placed:
+        del placed["embedding"]
+    parts = [math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(placed)]
+    size = sum(parts) * jnp.dtype(DTYPES[given.dtype]).itemsize
+    return round(size / slice_.bandwidth * slice_.clock)
 
 
 def add_result(path: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
@@ -129,23 +145,31 @@ def add_result(path: str, settings: dict[str, Any], found: dict[str, Any]) -> No
 
 
 def overview(results: list[dict[str, Any]]) -> str:
-    """Decodes of a results file as aligned text, a line each; ``-`` where nothing is known."""
-    titles = ("model", "slice", "mesh", "GiB a chip", "Mcycles a round", "copies")
+    """Decodes of a results file as aligned text, a line each.
+
+    ``bound`` is the time of reading a chip's weights once, in the same unit as the rounds.
+    """
+    titles = ("model", "slice", "mesh", "rows", "GiB a chip", "bound", "Mcycles a round", "copies")
     rows: list[tuple[str, ...]] = [titles]
     for result in results:
         settings, programs = result["settings"], result["programs"]
         if "mesh" not in settings:
             continue
         place = pathlib.Path(settings["model"]).stem, settings["topology"], settings["mesh"]
+        place = *place, str(settings["batch"])
         if result["problem"]:
             rows.append((*place, result["problem"].rpartition("found a need of ")[2] + " (no)"))
             continue
-        turns = [programs["plain"], programs[f"{settings['tree_nodes']} nodes"]]
+        turns = [
+            programs["plain"],
+            *(programs[f"{n} nodes"] for n in settings["tree_nodes"] if n > 1),
+        ]
         memory = " / ".join(f"{p['memory']['total'] / 2**30:.2f}" for p in turns)
         cycles = [p["loop"]["cycles"] for p in turns]
-        shown = " / ".join(f"{c / 1e6:.2f}" if c else "-" for c in cycles)
+        shown = " / ".join(f"{c / 1e6:.2f}" for c in cycles)
         copies = " / ".join(str(p["loop"]["copies"]) for p in turns)
-        rows.append((*place, memory, shown, copies))
+        bound = f"{result['weights_cycles'] / 1e6:.2f}"
+        rows.append((*place, memory, bound, shown, copies))
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(titles))]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
@@ -165,7 +189,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--prompt", type=int, default=512, help="tokens of the longest prompt")
     options.add_argument("--new-tokens", type=int, default=512)
-    options.add_argument("--tree-nodes", type=int, default=16, help="1: plain decoding alone")
+    options.add_argument(
+        "--tree-nodes", type=int, nargs="+", default=[16], help="sizes; 1: plain decoding alone"
+    )
     options.add_argument("--depth", type=int, default=8, help="deepest node of a tree")
     options.add_argument("--drafter-layers", type=int, default=1)
     options.add_argument("--frames", type=int, default=12)
@@ -179,7 +205,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point of ``python -m infer.compile``."""
     given = parser().parse_args()
-    check_counts(given, ("batch", "prompt", "new_tokens", "tree_nodes"))
+    check_counts(given, ("batch", "prompt", "new_tokens"))
+    if min(given.tree_nodes) < 1:
+        raise InputError(f"--tree-nodes: expected at least 1, found {min(given.tree_nodes)}")
     check_json(given.json)
     slice_ = aot.topology(given.topology)
     settings = {name: value for name, value in vars(given).items() if name != "json"}
@@ -194,7 +222,12 @@ def main() -> None:
         print(aot.columns(found, slice_.memory, "a round"), flush=True)
     if given.json:
         figures = {name: aot.as_dict(program) for name, program in found.items()}
-        result = {"chip_bytes": slice_.memory, "programs": figures, "problem": str(problem or "")}
+        result = {
+            "chip_bytes": slice_.memory,
+            "weights_cycles": weights_cycles(given, slice_),
+            "programs": figures,
+            "problem": str(problem or ""),
+        }
         add_result(given.json, settings, result)
     if problem:
         raise problem

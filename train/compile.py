@@ -99,7 +99,7 @@ def overview(results: list[dict[str, Any]]) -> str:
         step_ = result["programs"]["step"]
         need, cycles = step_["memory"]["total"], step_["loop"]["cycles"]
         share = f"{need / result['chip_bytes']:.0%}"
-        shown = f"{cycles / 1e6:.1f}" if cycles else "-"
+        shown = f"{cycles / 1e6:.1f}" if cycles else "-"  # a step of one micro-batch has no loop
         rows.append((config, model, settings["topology"], f"{need / 2**30:.2f}", share, shown))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
