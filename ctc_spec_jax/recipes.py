@@ -9,8 +9,16 @@ from typing import Any
 from ctc_spec_jax.draft.block import BlockConfig, BlockDrafter, BlockLoss, ProductTree
 from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, ctc_config, published
 from ctc_spec_jax.draft.ctc_loss import CTCLoss
+from ctc_spec_jax.draft.diffusion import (
+    DiffusionConfig,
+    diffusion_config,
+    diffusion_drafter,
+    diffusion_products,
+)
+from ctc_spec_jax.draft.diffusion_loss import DiffusionLoss
 from ctc_spec_jax.draft.frames import frames_config
 from ctc_spec_jax.draft.frames_loss import frames_products
+from ctc_spec_jax.draft.glide import GlideConfig, glide_config, glide_drafter, glide_notes
 from ctc_spec_jax.draft.heads_loss import HeadsLoss
 from ctc_spec_jax.draft.hydra import HydraConfig, HydraDrafter, hydra_config
 from ctc_spec_jax.draft.medusa import MedusaConfig, MedusaDrafter, medusa_config
@@ -20,7 +28,9 @@ from ctc_spec_jax.draft.mlp_speculator import (
     mlp_speculator_config,
 )
 from ctc_spec_jax.draft.ngram import LookupConfig, PhrasePool, PoolConfig, PromptLookup
+from ctc_spec_jax.draft.sequential_loss import SequentialLoss
 from ctc_spec_jax.draft.small_lm import Best, Drawn, SmallLM
+from ctc_spec_jax.draft.small_lm_loss import SmallLMLoss, small_lm_products
 from ctc_spec_jax.draft.stop import AdaEDL, Never
 from ctc_spec_jax.draft.training import Shape
 from ctc_spec_jax.errors import InputError
@@ -28,6 +38,9 @@ from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.tree.ctc_transform import TransformTree, default_template
+from ctc_spec_jax.types import Drafter, Verifier
+from ctc_spec_jax.verify import Greedy, TargetSample, Typical
+from ctc_spec_jax.verify_sampled import Block, Mixed, MultiCandidate, Rejection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +56,7 @@ class Recipe:
     a training row's forward pass, those of a frozen LM head and all others; without it a run's
     count of operations leaves the drafter out. ``language_model`` says that ``network`` is the
     configuration of one, and that the drafter's folder is that of a language model as a target's.
+    ``drawn`` names the way to build chains that are drawn from a law that they state, if any.
     """
 
     config: type
@@ -52,6 +66,7 @@ class Recipe:
     notes: Callable[[Any], dict[str, Any]] = lambda network: {}
     products: Callable[[Any, int, int], tuple[int, int]] = lambda network, length, anchors: (0, 0)
     language_model: bool = False
+    drawn: str = ""
 
 
 def find(name: str) -> Recipe:
@@ -68,6 +83,11 @@ def find(name: str) -> Recipe:
 def of_language_models() -> list[str]:
     """The methods whose drafter folders are those of language models."""
     return [name for name, recipe in RECIPES.items() if recipe.language_model]
+
+
+def name_of(network: Any) -> str:
+    """The name of ``of``."""
+    return next(name for name, recipe in RECIPES.items() if recipe.config is type(network))
 
 
 def of(network: Any) -> Recipe:
@@ -185,6 +205,13 @@ RECIPES: dict[str, Recipe] = {
     "block": Recipe(
         BlockConfig, _block_network, _block_drafter, BlockLoss, products=frames_products
     ),
+    "diffusion": Recipe(
+        DiffusionConfig,
+        diffusion_config,
+        diffusion_drafter,
+        DiffusionLoss,
+        products=diffusion_products,
+    ),
     "medusa": Recipe(
         MedusaConfig,
         medusa_config,
@@ -207,7 +234,13 @@ RECIPES: dict[str, Recipe] = {
         products=MLPSpeculatorConfig.products,
     ),
     LANGUAGE_MODEL: Recipe(
-        DecoderConfig, _small_lm_network, _small_lm_drafter, language_model=True
+        DecoderConfig,
+        _small_lm_network,
+        _small_lm_drafter,
+        SmallLMLoss,
+        products=small_lm_products,
+        language_model=True,
+        drawn="sampled",
     ),
     "prompt_lookup": Recipe(
         LookupConfig,
@@ -221,3 +254,35 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 """Name -> parts: ``model_type`` in a drafter's config.json, ``drafter.method`` in an experiment."""
+
+VERIFIERS: dict[str, Verifier] = {
+    "target_sample": TargetSample(),
+    "rejection": Rejection(),
+    "block": Block(),
+    "multi_candidate": MultiCandidate(),
+    "mixed": Mixed(),
+    "greedy": Greedy(),
+    "typical": Typical(),
+}
+"""Name -> rule of verification; ``typical`` is lossy, ``greedy`` ignores temperatures."""
+
+
+def verifier(name: str, drafter: Drafter) -> Verifier:
+    """The rule of a name; without one the best that is exact for the drafter's trees.
+
+    Drafters that draw their trees say so by a ``states_law`` that holds.
+
+    Raises:
+      InputError: no such rule, or one that needs what the drafter's trees do not have.
+    """
+    stated = getattr(drafter, "states_law", False)
+    is_chain = drafter.num_nodes == drafter.max_depth + 1
+    if not name:
+        return Block() if stated and is_chain else MultiCandidate() if stated else TargetSample()
+    if name not in VERIFIERS:
+        raise InputError(f"verifier: expected one of {', '.join(VERIFIERS)}, found {name!r}")
+    if name in ("rejection", "block", "multi_candidate", "mixed") and not stated:
+        raise InputError(f"verifier: expected drafts that are drawn from a stated law for {name}")
+    if name in ("rejection", "block") and not is_chain:
+        raise InputError(f"verifier: expected drafts that are chains for {name}, found trees")
+    return VERIFIERS[name]

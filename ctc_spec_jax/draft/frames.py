@@ -142,7 +142,7 @@ class FramesNetwork(nn.Module):
 
         return tuple(one(layer) for layer in self.layers)
 
-    def draft(self, pending, newest, context, positions, visible):
+    def draft(self, pending, newest, context, positions, visible, said=None):
         """Hidden states of the frames of A anchors per row, after the final norm.
 
         Args:
@@ -151,6 +151,7 @@ class FramesNetwork(nn.Module):
           context: keys and values of every layer, pairs as in ``kv_cache``.
           positions: int32 [B, A] of the pending tokens.
           visible: bool [B, A, S], the slots that come before an anchor in its text.
+          said: [B, A, F, D], what is known of every frame, for methods that know something.
 
         Returns:
           [B, A, F, D].
@@ -168,6 +169,7 @@ class FramesNetwork(nn.Module):
             gather_width(layers.linear(known, self.start))[:, :, None]
             + self.frame_embedding[None, None]
         )
+        x = x if said is None else x + said
         x = x.reshape(batch, num_anchors * c.frames, width)
         frame = jnp.arange(c.frames, dtype=jnp.int32)
         places = positions[..., None] + frame[None, None]
@@ -199,18 +201,19 @@ class FramesNetwork(nn.Module):
         frequencies = layers.rope_frequencies(c.head_width, c.rope_theta, RopeScaling())
         return layers.rope_angles(positions, frequencies)
 
-    def __call__(self, taps, pending, anchors, target_params):
+    def __call__(self, taps, pending, anchors, target_params, said=None):
         """Frame log-probabilities [B, A, F, classes] of A anchors per row; touches every parameter.
 
         ``taps``: the target's hidden states of rows of one text each, [B, T, D]; ``pending``
-        [B, A, D].
+        [B, A, D]; ``said`` as for ``draft``.
         """
         index = jnp.arange(taps[0].shape[1], dtype=jnp.int32)[None]
         positions = jnp.broadcast_to(index, taps[0].shape[:2])
-        hidden = self.anchor_hidden(taps, pending, anchors, jnp.ones_like(positions), positions)
+        one = jnp.ones_like(positions)
+        hidden = self.anchor_hidden(taps, pending, anchors, one, positions, said)
         return self.log_probs(hidden, target_params)
 
-    def anchor_hidden(self, taps, pending, anchors, segments, positions):
+    def anchor_hidden(self, taps, pending, anchors, segments, positions, said=None):
         """Hidden states [B, A, F, D] of the frames of A anchors per row, for training.
 
         Args:
@@ -218,6 +221,7 @@ class FramesNetwork(nn.Module):
           pending: embeddings [B, A, D] of the tokens at the anchors.
           anchors: int32 [B, A], their places in the row.
           segments, positions: int32 [B, T], as for ``DecoderLM.packed_hidden``.
+          said: as for ``draft``.
 
         Returns:
           [B, A, F, D]. An anchor sees what comes before it in its own segment.
@@ -231,7 +235,7 @@ class FramesNetwork(nn.Module):
         slots = jnp.arange(features.shape[1], dtype=jnp.int32)
         own = jnp.take_along_axis(segments, anchors, axis=1)
         visible = (slots[None, None] < anchors[..., None]) & (segments[:, None] == own[..., None])
-        return self.draft(pending, newest, context, place, visible)
+        return self.draft(pending, newest, context, place, visible, said)
 
 
 class TreeBuilder(Protocol):
@@ -303,12 +307,7 @@ class FramesDrafter:
     def propose(self, params: Params, state, context: DraftContext, keys) -> DraftTree:
         """One pass of the network, then the tree of each row; deterministic."""
         del keys
-        pending = layers.embed(context.params["embedding"], context.pending[:, None])
-        place = context.length[:, None]
-        slots = jnp.arange(kv_cache.num_slots(state["kv"]), dtype=jnp.int32)
-        visible = slots[None, None] < place[..., None]
-        hidden = self._apply(params, "draft", pending, state["newest"], state["kv"], place, visible)
-        log_probs = self._apply(params, "log_probs", hidden[:, 0], context.params)
+        log_probs = self._log_probs(params, state, context)
         return DraftTree(*jax.vmap(self.tree)(log_probs, context.pending))
 
     def commit(
@@ -331,6 +330,15 @@ class FramesDrafter:
             "kv": kv_cache.commit(state["kv"], kv, rows, context.length),
             "newest": jnp.take_along_axis(features, last[:, None, None], axis=1),
         }
+
+    def _log_probs(self, params: Params, state, context: DraftContext, said=None):
+        """Of the frames after the pending tokens, [B, F, classes]; ``said`` as for the network."""
+        pending = layers.embed(context.params["embedding"], context.pending[:, None])
+        place = context.length[:, None]
+        slots = jnp.arange(kv_cache.num_slots(state["kv"]), dtype=jnp.int32)
+        known = pending, state["newest"], state["kv"], place, slots[None, None] < place[..., None]
+        hidden = self._apply(params, "draft", *known, said)
+        return self._apply(params, "log_probs", hidden[:, 0], context.params)
 
     def _apply(self, params: Params, method: str, *args) -> Any:
         return self.network.apply({"params": params}, *args, method=method)
