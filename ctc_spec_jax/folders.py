@@ -94,8 +94,46 @@ def save_drafter(
 ) -> None:
     """Write a drafter folder; it appears under its name only when it is complete.
 
-    ``method`` is the name of the recipe that ``drafter`` was made by.
+    ``method`` is the name of the recipe that ``drafter`` was made by. A language model's folder is
+    one of transformers, tokenizer included.
     """
+    final = pathlib.Path(folder)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        part = pathlib.Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
+    except OSError as error:
+        raise InputError(
+            f"folder: expected a writable place, found {final} ({error.strerror})"
+        ) from error
+    try:
+        if recipes.find(method).language_model:
+            convert.save_target(part, DecoderLM(drafter.config), params, _of_tokenizer(tokenizer))
+            tokenizer.save_pretrained(part)
+        else:
+            _write_network(part, method, drafter, params, target, tokenizer, training)
+        (part / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+        part.chmod(0o755)
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _of_tokenizer(tokenizer) -> dict[str, Any]:
+    """What config.json says of the tokenizer of a language model."""
+    names = ("eos_token_id", "pad_token_id", "bos_token_id")
+    found = {name: getattr(tokenizer, name) for name in names}
+    # A tokenizer without a limit names a huge one.
+    if tokenizer.model_max_length < 2**31:
+        found["max_position_embeddings"] = tokenizer.model_max_length
+    return found
+
+
+def _write_network(
+    part: pathlib.Path, method: str, drafter, params: Params, target: str, tokenizer, training: dict
+) -> None:
     config = dataclasses.asdict(drafter.config)
     taps = config.pop("taps")
     description = {
@@ -110,28 +148,11 @@ def save_drafter(
         "versions": {name: _version(name) for name in ("jax", "flax", "ctc-spec-jax")},
         "command": training.get("command", ""),
     }
-    final = pathlib.Path(folder)
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        part = pathlib.Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
-    except OSError as error:
-        raise InputError(
-            f"folder: expected a writable place, found {final} ({error.strerror})"
-        ) from error
-    try:
-        save_file(
-            {name: np.asarray(value, order="C") for name, value in params.items()},
-            part / "model.safetensors",
-        )
-        (part / "config.json").write_text(json.dumps(description, indent=1) + "\n")
-        (part / "training.json").write_text(json.dumps(training, indent=1) + "\n")
-        part.chmod(0o755)
-        if final.exists():
-            shutil.rmtree(final)
-        part.rename(final)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    save_file(
+        {name: np.asarray(value, order="C") for name, value in params.items()},
+        part / "model.safetensors",
+    )
+    (part / "config.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
 def _version(package: str) -> str:

@@ -17,7 +17,8 @@ def sample_anchors(keys, batch, num_anchors: int, num_labels: int):
 
     Args:
       keys: typed keys [B].
-      batch: ``segments`` int32 [B, T] (0 is padding), ``trained`` bool [B, T], ``tokens``.
+      batch: ``segments`` int32 [B, T] (0 is padding), ``trained`` bool [B, T], ``tokens``; anchors
+        are among its ``roots`` bool [B, T] if it has any.
       num_anchors: A.
       num_labels: K.
 
@@ -29,6 +30,7 @@ def sample_anchors(keys, batch, num_anchors: int, num_labels: int):
     width = tokens.shape[1]
     follows = trained[:, 1:] & (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     follows = jnp.pad(follows, ((0, 0), (0, 1)))  # at the place of the pending token
+    follows &= batch.get("roots", True)
     order = jnp.cumsum(follows.astype(jnp.int32), axis=1)
     count = order[:, -1]
     part = jnp.arange(num_anchors, dtype=jnp.float32)[None]

@@ -37,8 +37,9 @@ class Loss:
     ``decay`` weights the k-th prefix, or the k-th token, by ``decay ** (k - 1)``. Drafts without a
     law per token take ``prefix``, ``ctc`` and ``expected_length``; the others ``cross_entropy``
     (the data's next token) and divergences from the target's law at ``temperature``; see
-    ``distillation``. ``chunk`` anchors have logits at a time, on each of the devices that share
-    the rows.
+    ``distillation``, also for ``beta``. Where drafts are text of a model of its own, a row's
+    answers are drawn from the drafter with probability ``on_policy``. ``chunk`` anchors have logits
+    at a time, on each of the devices that share the rows.
     """
 
     labels: int = 8
@@ -50,9 +51,15 @@ class Loss:
     reverse_kl: float = 0.0
     jensen_shannon: float = 0.0
     total_variation: float = 0.0
+    beta: float = 0.5
     temperature: float = 1.0
+    on_policy: float = 0.0
     decay: float = 0.9
     chunk: int = 64
+
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
+"""Fields of ``Loss`` that weigh a divergence of a drafter's law from the target's."""
 
 
 def by_position(log_prob, best, label_lengths) -> dict[str, Array]:
@@ -92,7 +99,10 @@ class DraftLoss(Protocol):
         Args:
           params: of the drafter, float32.
           frozen: of the target.
-          batch: tokens, segments (0 is padding) and positions int32 [B, T], trained bool [B, T].
+          batch: tokens, segments (0 is padding) and positions int32 [B, T], trained bool [B, T];
+            stops int32 [X] where known. Rows of a decode may say where drafts failed: ``refused``
+            bool [B, T], tokens that replaced a refused one, and ``roots`` bool [B, T], pending
+            tokens of those drafts; then no others are learnt from.
           keys: typed keys [B], one per row.
         """
         ...
