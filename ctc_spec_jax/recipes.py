@@ -233,6 +233,15 @@ RECIPES: dict[str, Recipe] = {
         HeadsLoss,
         products=MLPSpeculatorConfig.products,
     ),
+    "glide": Recipe(
+        GlideConfig,
+        glide_config,
+        glide_drafter,
+        SequentialLoss,
+        glide_notes,
+        GlideConfig.products,
+        drawn="sampled",
+    ),
     LANGUAGE_MODEL: Recipe(
         DecoderConfig,
         _small_lm_network,

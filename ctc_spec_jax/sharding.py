@@ -50,6 +50,8 @@ PARAMETERS: dict[str, Axes] = {
     "gate_up": ("embed", None, "mlp"),
     "gate_up_bias": (None, "mlp"),
     "down": ("mlp", "embed"),
+    "cross_query": ("embed", "heads", None, None),
+    "cross_output": ("heads", "embed"),
     "context": ("embed", "wide"),
     "start": ("embed", "wide"),
     "blocks": (None, "embed", "wide"),
@@ -61,7 +63,7 @@ PARAMETERS: dict[str, Axes] = {
 }
 """Parameter name, without its layer or head, -> logical axes; all others are small and copied."""
 
-TPU_ORDER = {"qkv": (1, 2, 0, 3), "context_kv": (1, 2, 0, 3)}
+TPU_ORDER = dict.fromkeys(("qkv", "context_kv", "cross_query"), (1, 2, 0, 3))
 """Dimensions of a parameter in the memory of a TPU, from the largest stride to the smallest.
 
 A TPU pads the last two to tiles of 8 x 128 or so. As written, [D, K, G+2, C], that is up to twice

@@ -21,7 +21,7 @@ from ctc_spec_jax.decode import Loop
 from ctc_spec_jax.draft.small_lm import Drawn, SmallLM
 from ctc_spec_jax.draft.stop import AdaEDL, Never
 from ctc_spec_jax.draft.training import Shape
-from ctc_spec_jax.models import convert
+from ctc_spec_jax.models import convert, kv_cache
 from ctc_spec_jax.tree import topology
 from ctc_spec_jax.types import Acceptance, DraftContext, DraftTree, TargetOutput
 from ctc_spec_jax.verify import Greedy
@@ -193,7 +193,7 @@ def test_without_jit(name):
     large, draft_params = made(name, "")
     drafter = recipes.find(name).drafter(large.config, 3, 2, "")
     state = start_of(name)
-    context = DraftContext(target()[1], state.tokens, state.length, None, request())
+    context = DraftContext(target()[1], state.tokens, state.length, state.cache, request())
     given = draft_params, state.drafter, context, context.request.keys
     with jax.disable_jit():
         tree = drafter.propose(*given)
@@ -218,9 +218,10 @@ def resumed(drafter, draft_params, tokens, kept, lengths):
     """The draft after ``kept`` committed tokens and a commit up to the last of ``lengths``."""
     lm, params = target()
     kept = kept.astype(jnp.int32)
-    _, taps, _ = lm.hidden(params, tokens, lengths, drafter.taps)
+    _, taps, kv = lm.hidden(params, tokens, lengths, drafter.taps)
     known = jnp.pad(tokens, ((0, 0), (0, DEPTH + 2)))
-    context = DraftContext(params, known, kept, None, request(batch=tokens.shape[0]))
+    cache = kv_cache.fill(kv, known.shape[1] - 1)
+    context = DraftContext(params, known, kept, cache, request(batch=tokens.shape[0]))
     state = drafter.init(draft_params, context, taps)
     path = jnp.broadcast_to(jnp.arange(DEPTH + 1, dtype=jnp.int32)[None], (len(kept), DEPTH + 1))
     new = tuple(jnp.take_along_axis(x, (kept[:, None] + path)[..., None], axis=1) for x in taps)

@@ -18,13 +18,10 @@ import jax.numpy as jnp
 from ctc_spec_jax.chunked_head import chunked_token_log_probs
 from ctc_spec_jax.distillation import chunked_distillation
 from ctc_spec_jax.draft.anchors import sample_anchors
-from ctc_spec_jax.draft.heads import HeadsDrafter, head_of
-from ctc_spec_jax.draft.training import Loss, by_position
+from ctc_spec_jax.draft.heads import head_of
+from ctc_spec_jax.draft.training import DIVERGENCES, Loss, by_position
 from ctc_spec_jax.models.decoder import DecoderLM, output_head
 from ctc_spec_jax.types import Params
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
-"""Fields of ``training.Loss`` that weigh a divergence of a head's law from the target's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +33,7 @@ class HeadsLoss:
     """
 
     lm: DecoderLM
-    drafter: HeadsDrafter
+    drafter: Any  # a ``heads.HeadsDrafter``, where ``read`` is as here
     weights: Loss
     anchors: int
     dtype: Any = jnp.float32
@@ -83,14 +80,11 @@ class HeadsLoss:
           Outputs of the heads [B*A, K, E], the target's hidden states [B*A, K, D] that its laws of
           the labels come from, labels int32 [B*A, K], and how many of them count [B*A].
         """
-        tokens, places = batch["tokens"], (batch["segments"], batch["positions"])
+        tokens = batch["tokens"]
         anchors, labels, lengths = sample_anchors(keys, batch, self.anchors, self.num_labels)
-        final, taps = self.lm.packed_hidden(frozen, tokens, *places, self.drafter.taps)
-        feature = self.features(frozen, taps, anchors, batch["positions"])
         pending = jnp.take_along_axis(tokens, anchors, axis=1)[..., None]
         known = jnp.concatenate([pending, labels[..., :-1]], axis=-1)
-        run = jax.checkpoint(self.drafter.outputs) if self.remat else self.drafter.outputs
-        outputs = run(params, frozen, feature, known)
+        final, outputs = self.read(params, frozen, batch, anchors, known)
         # The law of the k-th token after the anchor is known where the token before it was read.
         ahead = anchors[..., None] + jnp.arange(self.num_labels, dtype=jnp.int32)[None, None]
         ahead = jnp.minimum(ahead, tokens.shape[1] - 1).reshape(len(tokens), -1, 1)
@@ -98,6 +92,26 @@ class HeadsLoss:
         whole = (outputs, laws.reshape(*outputs.shape[:3], -1), labels, lengths)
         outputs, laws, labels, lengths = (x.reshape(-1, *x.shape[2:]) for x in whole)
         return outputs, laws, labels, lengths
+
+    def read(self, params: Params, frozen: Params, batch, anchors, known):
+        """One pass of the target and of the heads.
+
+        Args:
+          params: of the drafter.
+          frozen: of the target.
+          batch: see ``loss``.
+          anchors: int32 [B, A].
+          known: int32 [B, A, K], the token before each one that is predicted.
+
+        Returns:
+          The target's hidden states [B, T, D], the inputs of its LM head, and outputs of the
+          heads [B, A, K, E].
+        """
+        places = batch["segments"], batch["positions"]
+        final, taps = self.lm.packed_hidden(frozen, batch["tokens"], *places, self.drafter.taps)
+        feature = self.features(frozen, taps, anchors, batch["positions"])
+        run = jax.checkpoint(self.drafter.outputs) if self.remat else self.drafter.outputs
+        return final, run(params, frozen, feature, known)
 
     def features(self, frozen: Params, taps, anchors, positions):
         """What the heads read at anchors int32 [B, A]: [B, A, D], of the token before each.
@@ -111,7 +125,7 @@ class HeadsLoss:
 
     def _divergences(self, used, outputs, head, laws, frozen, real):
         """Mean of every divergence by head, [K]."""
-        options: Any = {"temperature": self.weights.temperature}
+        options: Any = {"temperature": self.weights.temperature, "beta": self.weights.beta}
         found = []
         for k in range(self.num_labels):
             given = (laws[:, k], output_head(frozen), outputs[:, k], head_of(head, k), real[:, k])

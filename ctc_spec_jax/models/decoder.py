@@ -213,14 +213,17 @@ class DecoderLM:
     def packed_hidden(
         self, params: Params, tokens, segments, positions, taps: tuple[int, ...] = ()
     ):
-        """Causal forward of packed documents: (hidden, taps), each [B, T, D].
+        """``packed`` without keys and values."""
+        return self.packed(params, tokens, segments, positions, taps)[:2]
+
+    def packed(self, params: Params, tokens, segments, positions, taps: tuple[int, ...] = ()):
+        """Causal forward of packed documents: (hidden, taps, kv).
 
         ``segments`` int32 [B, T] tells documents (and padding) of a row apart, which do not see
-        each other; ``positions`` int32 [B, T] count within a document.
+        each other; ``positions`` int32 [B, T] count within a document. Hidden states and taps are
+        [B, T, D] each; slot t of ``kv`` is token t of the row, see ``kv_cache``.
         """
-        mask = packed_mask(segments)
-        hidden, tapped, _ = self._apply(params, tokens, positions, mask, taps=taps)
-        return hidden, tapped
+        return self._apply(params, tokens, positions, packed_mask(segments), taps=taps)
 
     def prefill(self, params: Params, tokens, lengths, num_slots: int, taps: tuple[int, ...] = ()):
         """Cache and taps of right-padded tokens [B, T] with ``lengths`` [B]; no logits."""

@@ -39,15 +39,22 @@ def root(pending: jax.Array) -> Level:
     return Level(jnp.zeros((1,)), pending[None], jnp.full((1,), NO_PARENT, jnp.int32))
 
 
-def expand(level: Level, log_probs: jax.Array, width: int) -> Level:
+def expand(
+    level: Level, log_probs: jax.Array, width: int, counts: jax.Array | None = None
+) -> Level:
     """The ``width`` most probable children of a level's paths, or all if there are fewer.
 
     Args:
         level: W paths.
         log_probs: float32 [W, V], law after each path. NaN counts as probability 0.
         width: at least 1.
+        counts: int32 [W], most children of each path; None: no such bound.
     """
-    return _join(level, *_ranked(log_probs, width), width)
+    scores, tokens = _ranked(log_probs, width)
+    if counts is not None:
+        rank = jnp.arange(scores.shape[1], dtype=jnp.int32)
+        scores = jnp.where(rank[None] < counts[:, None], scores, -jnp.inf)
+    return _join(level, scores, tokens, width)
 
 
 def most_probable(
