@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ctc_spec_jax import demo
+from ctc_spec_jax import demo, recipes
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.streaming import Piece
@@ -91,6 +91,13 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="how a method builds its trees, where it knows several ways, such as transform, the "
         "published static template",
     )
+    parser.add_argument(
+        "--verifier",
+        default="",
+        help="rule that keeps or refuses drafts: "
+        + ", ".join(recipes.VERIFIERS)
+        + " (default: the best that is exact for the drafts)",
+    )
 
 
 def with_drafts(engine: Engine, arguments: argparse.Namespace, nodes: int) -> Engine:
@@ -101,6 +108,11 @@ def with_drafts(engine: Engine, arguments: argparse.Namespace, nodes: int) -> En
     Raises:
       InputError: no such method, or one that needs another folder or tree.
     """
+    drafting = _drafting(engine, arguments, nodes)
+    return drafting.with_verifier(arguments.verifier) if arguments.verifier else drafting
+
+
+def _drafting(engine: Engine, arguments: argparse.Namespace, nodes: int) -> Engine:
     folder, method, tree = arguments.drafter, arguments.method, arguments.tree
     if folder is None and method:
         return engine.with_method(method, nodes, _DEPTH, tree)

@@ -44,8 +44,8 @@ class Engine:
     """A target, its tokenizer and a drafter, ready to decode.
 
     ``drafter`` is ``NoDraft()`` for plain decoding; ``with_drafter`` and ``plain`` make siblings
-    that share the parameters. ``verifier`` is the rule that keeps or refuses drafts; the default
-    is exact for every drafter whose trees are fixed before the target speaks. ``stop_ids`` end a
+    that share the parameters. ``verifier`` is the rule that keeps or refuses drafts; those methods
+    set the best that is exact for the drafter, see ``recipes.verifier``. ``stop_ids`` end a
     row: those of ``generation_config.json``, or the tokenizer's end-of-text token. On a ``mesh``
     of ``sharding.make_mesh`` the rows of a batch are spread over ``data`` and ``fsdp`` where they
     divide, and the parameters must lie there already.
@@ -93,7 +93,7 @@ class Engine:
         drafter, params = folders.load_drafter(
             folder, self.lm, self.tokenizer, tree_nodes, dtype, tree, self.mesh, method
         )
-        return dataclasses.replace(self, drafter=drafter, draft_params=params)
+        return self._drafting(drafter, params)
 
     def with_method(self, name: str, tree_nodes: int, depth: int, tree: str = "") -> Engine:
         """The same target with a method of ``recipes`` that has no parameters, by its name."""
@@ -107,11 +107,19 @@ class Engine:
                 f"method: expected one without parameters, found {name!r}, which needs the folder "
                 "of a drafter"
             )
-        return dataclasses.replace(self, drafter=drafter, draft_params=params)
+        return self._drafting(drafter, params)
+
+    def with_verifier(self, name: str) -> Engine:
+        """The same engine with a rule of ``recipes.VERIFIERS``; empty: the drafter's own."""
+        return dataclasses.replace(self, verifier=recipes.verifier(name, self.drafter))
+
+    def _drafting(self, drafter: Drafter, params: Params) -> Engine:
+        rule = recipes.verifier("", drafter)
+        return dataclasses.replace(self, drafter=drafter, draft_params=params, verifier=rule)
 
     def plain(self) -> Engine:
         """The same target decoding plainly."""
-        return dataclasses.replace(self, drafter=NoDraft(), draft_params=())
+        return self._drafting(NoDraft(), ())
 
     def decode_function(
         self, max_new_tokens: int, logprobs: int | None = None, **fields: Any

@@ -18,6 +18,7 @@ from ctc_spec_jax.draft.diffusion import (
 from ctc_spec_jax.draft.diffusion_loss import DiffusionLoss
 from ctc_spec_jax.draft.frames import frames_config
 from ctc_spec_jax.draft.frames_loss import frames_products
+from ctc_spec_jax.draft.eagle import EagleConfig, eagle_config, eagle_drafter
 from ctc_spec_jax.draft.glide import GlideConfig, glide_config, glide_drafter, glide_notes
 from ctc_spec_jax.draft.heads_loss import HeadsLoss
 from ctc_spec_jax.draft.hydra import HydraConfig, HydraDrafter, hydra_config
@@ -28,6 +29,7 @@ from ctc_spec_jax.draft.mlp_speculator import (
     mlp_speculator_config,
 )
 from ctc_spec_jax.draft.ngram import LookupConfig, PhrasePool, PoolConfig, PromptLookup
+from ctc_spec_jax.draft.pearl import pearl_drafter
 from ctc_spec_jax.draft.sequential_loss import SequentialLoss
 from ctc_spec_jax.draft.small_lm import Best, Drawn, SmallLM
 from ctc_spec_jax.draft.small_lm_loss import SmallLMLoss, small_lm_products
@@ -40,7 +42,7 @@ from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.tree.ctc_transform import TransformTree, default_template
 from ctc_spec_jax.types import Drafter, Verifier
 from ctc_spec_jax.verify import Greedy, TargetSample, Typical
-from ctc_spec_jax.verify_sampled import Block, Mixed, MultiCandidate, Rejection
+from ctc_spec_jax.verify_sampled import Block, MultiCandidate, Rejection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +235,14 @@ RECIPES: dict[str, Recipe] = {
         HeadsLoss,
         products=MLPSpeculatorConfig.products,
     ),
+    "eagle": Recipe(
+        EagleConfig,
+        eagle_config,
+        eagle_drafter,
+        SequentialLoss,
+        products=EagleConfig.products,
+        drawn="sampled",
+    ),
     "glide": Recipe(
         GlideConfig,
         glide_config,
@@ -250,6 +260,9 @@ RECIPES: dict[str, Recipe] = {
         products=small_lm_products,
         language_model=True,
         drawn="sampled",
+    ),
+    "pearl": Recipe(
+        DecoderConfig, _small_lm_network, pearl_drafter, language_model=True, drawn="sampled"
     ),
     "prompt_lookup": Recipe(
         LookupConfig,
@@ -269,7 +282,6 @@ VERIFIERS: dict[str, Verifier] = {
     "rejection": Rejection(),
     "block": Block(),
     "multi_candidate": MultiCandidate(),
-    "mixed": Mixed(),
     "greedy": Greedy(),
     "typical": Typical(),
 }
@@ -290,7 +302,7 @@ def verifier(name: str, drafter: Drafter) -> Verifier:
         return Block() if stated and is_chain else MultiCandidate() if stated else TargetSample()
     if name not in VERIFIERS:
         raise InputError(f"verifier: expected one of {', '.join(VERIFIERS)}, found {name!r}")
-    if name in ("rejection", "block", "multi_candidate", "mixed") and not stated:
+    if name in ("rejection", "block", "multi_candidate") and not stated:
         raise InputError(f"verifier: expected drafts that are drawn from a stated law for {name}")
     if name in ("rejection", "block") and not is_chain:
         raise InputError(f"verifier: expected drafts that are chains for {name}, found trees")

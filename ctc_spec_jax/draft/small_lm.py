@@ -187,6 +187,11 @@ class SmallLM:
         """N, root included."""
         return len(_layout(self.branching).parents)
 
+    @property
+    def states_law(self) -> bool:
+        """Whether drafts state the law that their nodes were drawn from."""
+        return self.draw.states_law
+
     def init_params(self, key) -> Params:
         """Fresh float32 parameters. ``key`` is consumed."""
         return self.lm.init(key)
