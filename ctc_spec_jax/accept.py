@@ -45,6 +45,50 @@ def emitted_tokens(tree: DraftTree, acceptance: Acceptance):
     return jnp.where(index == acceptance.length[:, None] - 1, own, tokens)
 
 
+def settle(
+    state: DecodeState,
+    request: Request,
+    tree: DraftTree,
+    depth,
+    laws: Laws,
+    acceptance: Acceptance,
+    drafted,
+) -> tuple[DecodeState, Acceptance]:
+    """What a round leaves but for the caches of target and drafter, which are still the old ones.
+
+    Args:
+      state: the carry before the round.
+      request: of every row.
+      tree: the draft that was verified.
+      depth: int32 [B, N].
+      laws: of the target after the nodes.
+      acceptance: what the verifier kept.
+      drafted: int32 [B], how many of the emitted tokens were drafted; those behind are the
+        target's own.
+
+    Returns:
+      The carry after the round, and the acceptance as ``cut`` leaves it.
+    """
+    new = emitted_tokens(tree, acceptance)
+    index = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
+    refused = (index == drafted[:, None]) & _has_child(tree, acceptance)[:, None]
+    acceptance, finish, stop_state = cut(new, acceptance, state, request)
+    count = acceptance.length
+    from_draft = index < drafted[:, None]
+    record = note(state.record, new, state, acceptance.path, from_draft, laws)
+    after = dataclasses.replace(
+        state,
+        tokens=write_tokens(state.tokens, new, state.length),
+        length=state.length + count,
+        finish=finish,
+        stats=count_round(state.stats, tree, depth, count, drafted < count),
+        record=_note_refused(record, refused, state),
+        known=know(state.known, new, count),
+        stop_state=stop_state,
+    )
+    return after, acceptance
+
+
 def cut(tokens, acceptance: Acceptance, state: DecodeState, request: Request):
     """Shorten the acceptance at the first stop and at the row's limit.
 
@@ -130,8 +174,8 @@ def note(record: Record, new, state: DecodeState, path, from_draft, laws: Laws) 
         return dataclasses.replace(record, from_draft=drafted)
     scores = token_log_probs(laws.at(path))  # [B, M+1, V]
     own = jnp.take_along_axis(scores, new[..., None], axis=2)[..., 0]
-    record = Record(
-        drafted, _write(record.logprobs, own, start), record.top_ids, record.top_logprobs
+    record = dataclasses.replace(
+        record, from_draft=drafted, logprobs=_write(record.logprobs, own, start)
     )
     if record.top_ids is None or record.top_logprobs is None:
         return record
@@ -141,6 +185,21 @@ def note(record: Record, new, state: DecodeState, path, from_draft, laws: Laws) 
         top_ids=_write(record.top_ids, ids, start),
         top_logprobs=_write(record.top_logprobs, values, start),
     )
+
+
+def _has_child(tree: DraftTree, acceptance: Acceptance):
+    """bool [B]: the draft went on after the accepted path."""
+    last = jnp.maximum(acceptance.length - 1, 0)[:, None]
+    node = jnp.take_along_axis(acceptance.path, last, axis=1)
+    return jnp.any(tree.valid & (tree.parents == node), axis=1)
+
+
+def _note_refused(record: Record, refused, state: DecodeState) -> Record:
+    """Write which tokens of a round, bool [B, M+1], came in place of drafted ones."""
+    if record.refused is None:
+        return record
+    start = state.length + 1 - state.prompt_length
+    return dataclasses.replace(record, refused=_write(record.refused, refused, start))
 
 
 def no_rounds(batch: int, capacity: int, depth: int) -> Stats:
@@ -155,13 +214,16 @@ def no_rounds(batch: int, capacity: int, depth: int) -> Stats:
 def blank_record(batch: int, size: int, top: int | None) -> Record:
     """A record of ``size`` tokens; ``top`` as ``top_logprobs`` of ``decode.Loop``."""
     drafted = jnp.zeros((batch, size), bool)
+    record = Record(drafted, refused=jnp.zeros_like(drafted))
     if top is None:
-        return Record(drafted)
-    logprobs = jnp.zeros((batch, size), jnp.float32)
+        return record
+    record = dataclasses.replace(record, logprobs=jnp.zeros((batch, size), jnp.float32))
     if top == 0:
-        return Record(drafted, logprobs)
+        return record
     ids = jnp.zeros((batch, size, top), jnp.int32)
-    return Record(drafted, logprobs, ids, jnp.zeros(ids.shape, jnp.float32))
+    return dataclasses.replace(
+        record, top_ids=ids, top_logprobs=jnp.zeros(ids.shape, jnp.float32)
+    )
 
 
 def known_prompt(sampling: Sampling, tokens, prompt_lengths, vocab_size: int) -> KnownTokens:

@@ -10,6 +10,7 @@ Shape letters: B batch, N tree nodes, M max depth, T prompt tokens, S cache slot
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,6 +57,10 @@ class Loop:
     def num_slots(self, prompt_width: int) -> int:
         """Cache slots S: prompt, new tokens and one round's overhang of M+1 rows."""
         return self.slots or prompt_width + self.capacity + self.drafter.max_depth + 1
+
+
+Round = Callable[[Loop, Params, Params, DecodeState, Request], DecodeState]
+"""One round: ``(loop, params, draft_params, state, request) -> state``."""
 
 
 def decode(
@@ -187,11 +192,18 @@ def advance(
         rounds, state = carry
         return (rounds < max_rounds) & jnp.any(state.finish == RUNNING)
 
+    run = round_of(loop)
+
     def step(carry: tuple[jax.Array, DecodeState]):
         rounds, state = carry
-        return rounds + 1, run_round(loop, params, draft_params, state, request)
+        return rounds + 1, run(loop, params, draft_params, state, request)
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+
+
+def round_of(loop: Loop) -> Round:
+    """What a round of the loop is: ``run_round``, or a function of that name of the drafter."""
+    return getattr(loop.drafter, "run_round", run_round)
 
 
 def run_round(
@@ -206,7 +218,7 @@ def run_round(
         tree = drafter.propose(draft_params, state.drafter, context, draft_keys)
     with jax.named_scope("verify"):
         lineage = topology.lineages(tree, drafter.max_depth)
-        tree = topology.trim(tree, lineage, _depth_of_use(state, request))
+        tree = topology.trim(tree, lineage, depth_of_use(state, request))
         depth, mask = topology.shape_of(tree, lineage)
         positions = state.length[:, None] + depth
         result = target.forward_tree(
@@ -220,27 +232,13 @@ def run_round(
         # the cache waits for the logits, hence for all reads of the cache. Where a write could
         # come first (a tree of one node), XLA would copy the cache. Barriers are gone by then.
         slot = state.length + (acceptance.next_token < 0).astype(jnp.int32)
-        new = accept.emitted_tokens(tree, acceptance)
-        index = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
         own = acceptance.length - 1
-        acceptance, finish, stop_state = accept.cut(new, acceptance, state, request)
-        count = acceptance.length
-        tokens = accept.write_tokens(state.tokens, new, state.length)
-        context = dataclasses.replace(context, tokens=tokens, tree=tree)
-        return DecodeState(
-            tokens=tokens,
-            length=state.length + count,
-            prompt_length=state.prompt_length,
-            limit=state.limit,
+        settled, acceptance = accept.settle(state, request, tree, depth, laws, acceptance, own)
+        context = dataclasses.replace(context, tokens=settled.tokens, tree=tree)
+        return dataclasses.replace(
+            settled,
             cache=target.commit(state.cache, result.kv, acceptance.path, slot),
             drafter=drafter.commit(draft_params, state.drafter, context, result, acceptance),
-            finish=finish,
-            stats=accept.count_round(state.stats, tree, depth, count, own < count),
-            record=accept.note(
-                state.record, new, state, acceptance.path, index < own[:, None], laws
-            ),
-            known=accept.know(state.known, new, count),
-            stop_state=stop_state,
         )
 
 
@@ -273,7 +271,7 @@ def round_keys(request: Request, state: DecodeState):
     return both[:, 0], both[:, 1]
 
 
-def _depth_of_use(state: DecodeState, request: Request):
+def depth_of_use(state: DecodeState, request: Request):
     """int32 [B], deepest node that a row can still use.
 
     Known before anything is drawn, so that cutting there keeps every rule exact.
@@ -301,6 +299,7 @@ def output(loop: Loop, state: DecodeState) -> GenerateOutput:
         cut(state.record.logprobs, 0),
         cut(state.record.top_ids, -1),
         cut(state.record.top_logprobs, 0),
+        cut(state.record.refused, False),
     )
     tokens = cut(jnp.take_along_axis(state.tokens, place, axis=1), loop.pad_id)
     return GenerateOutput(tokens, lengths, state.finish, state.stats, record)

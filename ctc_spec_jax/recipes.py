@@ -30,6 +30,7 @@ from ctc_spec_jax.draft.mlp_speculator import (
 )
 from ctc_spec_jax.draft.ngram import LookupConfig, PhrasePool, PoolConfig, PromptLookup
 from ctc_spec_jax.draft.pearl import pearl_drafter
+from ctc_spec_jax.draft.pearl import pearl_drafter
 from ctc_spec_jax.draft.sequential_loss import SequentialLoss
 from ctc_spec_jax.draft.small_lm import Best, Drawn, SmallLM
 from ctc_spec_jax.draft.small_lm_loss import SmallLMLoss, small_lm_products
@@ -260,6 +261,9 @@ RECIPES: dict[str, Recipe] = {
         products=small_lm_products,
         language_model=True,
         drawn="sampled",
+    ),
+    "pearl": Recipe(
+        DecoderConfig, _small_lm_network, pearl_drafter, language_model=True, drawn="sampled"
     ),
     "pearl": Recipe(
         DecoderConfig, _small_lm_network, pearl_drafter, language_model=True, drawn="sampled"

@@ -54,7 +54,7 @@ TINY = dict.fromkeys(recipes.of_language_models(), nearly_target)
 MORE = {"small_lm": ("greedy-adaptive",)}
 """Further ways to build trees by method; every method is tested with its default."""
 
-HISTORY = {("ngram_pool", ""), ("small_lm", "greedy-adaptive")}
+HISTORY = {("ngram_pool", ""), ("small_lm", "greedy-adaptive"), ("pearl", "")}
 """Methods whose drafts depend on what was drafted before, not on the text alone."""
 
 CASES = [(name, tree) for name in recipes.RECIPES for tree in ("", *MORE.get(name, ()))]
@@ -109,7 +109,7 @@ def trace(loop, params, draft_params, tokens, lengths, request):
         keys, _ = decode.round_keys(request, state)
         tree = loop.drafter.propose(draft_params, state.drafter, context, keys)
         given = dataclasses.replace(loop, drafter=Given(loop.drafter, tree))
-        after = decode.run_round(given, params, draft_params, state, request)
+        after = decode.round_of(given)(given, params, draft_params, state, request)
         return after, (tree, state.tokens, state.length)
 
     state, rounds = jax.lax.scan(one, begun, None, length=BUDGET)
@@ -191,7 +191,7 @@ def test_rows_are_independent_and_a_second_call_compiles_nothing(name, tree):
 def test_without_jit(name):
     """Tracing decides nothing: a small draft made operation by operation is that of a program."""
     large, draft_params = made(name, "")
-    drafter = recipes.find(name).drafter(large.config, 3, 2, "")
+    drafter = recipes.find(name).drafter(large.config, DEPTH + 1, DEPTH, "")
     state = start_of(name)
     context = DraftContext(target()[1], state.tokens, state.length, state.cache, request())
     given = draft_params, state.drafter, context, context.request.keys
