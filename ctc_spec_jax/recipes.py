@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ctc_spec_jax.draft.block import BlockConfig, BlockDrafter, BlockLoss, ProductTree
+from ctc_spec_jax.draft.block import BlockConfig, BlockDrafter, BlockLoss, ProductTree, block_config
 from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, ctc_config, published
 from ctc_spec_jax.draft.ctc_loss import CTCLoss
 from ctc_spec_jax.draft.diffusion import (
@@ -29,7 +29,6 @@ from ctc_spec_jax.draft.mlp_speculator import (
     mlp_speculator_config,
 )
 from ctc_spec_jax.draft.ngram import LookupConfig, PhrasePool, PoolConfig, PromptLookup
-from ctc_spec_jax.draft.pearl import pearl_drafter
 from ctc_spec_jax.draft.pearl import pearl_drafter
 from ctc_spec_jax.draft.sequential_loss import SequentialLoss
 from ctc_spec_jax.draft.small_lm import Best, Drawn, SmallLM
@@ -113,11 +112,6 @@ def _ctc_drafter(network: CTCConfig, nodes: int, depth: int, tree: str) -> CTCDr
     if tree == "transform":
         return CTCDrafter(network, TransformTree(default_template(nodes, network.frames)))
     return CTCDrafter(network, PrefixTree(nodes, min(depth, network.frames, nodes - 1)))
-
-
-def _block_network(target: DecoderConfig, shape: Shape) -> BlockConfig:
-    given = (shape.layers, shape.frames, shape.taps, shape.mlp_width)
-    return frames_config(BlockConfig, target, *given)
 
 
 def _block_drafter(network: BlockConfig, nodes: int, depth: int, tree: str) -> BlockDrafter:
@@ -205,9 +199,7 @@ LANGUAGE_MODEL = "small_lm"
 
 RECIPES: dict[str, Recipe] = {
     "ctc": Recipe(CTCConfig, _ctc_network, _ctc_drafter, CTCLoss, _ctc_notes, frames_products),
-    "block": Recipe(
-        BlockConfig, _block_network, _block_drafter, BlockLoss, products=frames_products
-    ),
+    "block": Recipe(BlockConfig, block_config, _block_drafter, BlockLoss, products=frames_products),
     "diffusion": Recipe(
         DiffusionConfig,
         diffusion_config,
@@ -261,9 +253,6 @@ RECIPES: dict[str, Recipe] = {
         products=small_lm_products,
         language_model=True,
         drawn="sampled",
-    ),
-    "pearl": Recipe(
-        DecoderConfig, _small_lm_network, pearl_drafter, language_model=True, drawn="sampled"
     ),
     "pearl": Recipe(
         DecoderConfig, _small_lm_network, pearl_drafter, language_model=True, drawn="sampled"
