@@ -19,6 +19,7 @@ from ctc_spec_jax.draft.diffusion_loss import DiffusionLoss
 from ctc_spec_jax.draft.frames import frames_config
 from ctc_spec_jax.draft.frames_loss import frames_products
 from ctc_spec_jax.draft.eagle import EagleConfig, eagle_config, eagle_drafter
+from ctc_spec_jax.draft.eagle import EagleConfig, eagle_config, eagle_drafter
 from ctc_spec_jax.draft.glide import GlideConfig, glide_config, glide_drafter, glide_notes
 from ctc_spec_jax.draft.heads_loss import HeadsLoss
 from ctc_spec_jax.draft.hydra import HydraConfig, HydraDrafter, hydra_config
@@ -227,6 +228,14 @@ RECIPES: dict[str, Recipe] = {
         _heads_drafter(MLPSpeculatorDrafter),
         HeadsLoss,
         products=MLPSpeculatorConfig.products,
+    ),
+    "eagle": Recipe(
+        EagleConfig,
+        eagle_config,
+        eagle_drafter,
+        SequentialLoss,
+        products=EagleConfig.products,
+        drawn="sampled",
     ),
     "eagle": Recipe(
         EagleConfig,
