@@ -236,14 +236,6 @@ RECIPES: dict[str, Recipe] = {
         products=EagleConfig.products,
         drawn="sampled",
     ),
-    "eagle": Recipe(
-        EagleConfig,
-        eagle_config,
-        eagle_drafter,
-        SequentialLoss,
-        products=EagleConfig.products,
-        drawn="sampled",
-    ),
     "glide": Recipe(
         GlideConfig,
         glide_config,
