@@ -20,7 +20,8 @@ class Generation:
 
     That token is the stop token, or the one that completes ``stop_string``, or the last one of
     the budget. ``emitted[r]`` is the number of tokens kept from round r. ``from_draft[i]`` says
-    whether token i was drafted; otherwise it is the target's own. ``drafted[d]`` and
+    whether token i was drafted; otherwise it is the target's own, and ``refused[i]`` says whether
+    that was in place of a drafted one. ``drafted[d]`` and
     ``accepted[d]`` count nodes offered and tokens kept at depth d + 1. ``top_logprobs[i]`` holds
     the most probable tokens at the place of token i with their log-probabilities.
     """
@@ -32,6 +33,7 @@ class Generation:
     emitted: list[int]
     seconds: float
     from_draft: list[bool] = dataclasses.field(default_factory=list)
+    refused: list[bool] = dataclasses.field(default_factory=list)
     drafted: list[int] = dataclasses.field(default_factory=list)
     accepted: list[int] = dataclasses.field(default_factory=list)
     stop_string: str | None = None
@@ -78,6 +80,7 @@ def generation_of(
         emitted=np.asarray(result.stats.emitted)[row, :rounds].tolist(),
         seconds=seconds,
         from_draft=np.asarray(record.from_draft)[row, :length].tolist(),
+        refused=np.asarray(record.refused)[row, :length].tolist(),
         drafted=np.asarray(result.stats.drafted)[row].tolist(),
         accepted=np.asarray(result.stats.accepted)[row].tolist(),
         stop_string=stops.first_stop(text, stop_strings) if finish == STOPPED_BY_STRING else None,

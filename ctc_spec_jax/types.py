@@ -161,12 +161,17 @@ class Stats:
 
 @pytree
 class Record:
-    """What is noted of every new token. Log-probabilities are None unless they were asked for."""
+    """What is noted of every new token. Log-probabilities are None unless they were asked for.
+
+    A drafted token was tried where one was kept or ``refused``; the other tokens came where a draft
+    had ended or there was none.
+    """
 
     from_draft: jax.Array  # bool [B, T], drafted and accepted; False: the target's own token
     logprobs: jax.Array | None = None  # float32 [B, T], under the processed law
     top_ids: jax.Array | None = None  # int32 [B, T, n], the n most probable tokens there
     top_logprobs: jax.Array | None = None  # float32 [B, T, n]
+    refused: jax.Array | None = None  # bool [B, T], the target's own, in place of drafted tokens
 
 
 @pytree
