@@ -17,7 +17,6 @@ from ctc_spec_jax.draft.diffusion import (
 )
 from ctc_spec_jax.draft.diffusion_loss import DiffusionLoss
 from ctc_spec_jax.draft.eagle import EagleConfig, eagle_config, eagle_drafter
-from ctc_spec_jax.draft.frames import frames_config
 from ctc_spec_jax.draft.frames_loss import frames_products
 from ctc_spec_jax.draft.glide import GlideConfig, glide_config, glide_drafter, glide_notes
 from ctc_spec_jax.draft.heads_loss import HeadsLoss

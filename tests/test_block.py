@@ -61,3 +61,28 @@ def test_tree_names(setting):
     _, _, drafter, _ = setting
     with pytest.raises(InputError, match=r"^tree: expected product, found 'prefix'$"):
         recipes.find("block").drafter(drafter.config, 7, 3, "prefix")
+
+
+@pytest.mark.parametrize(("preset", "sees_later"), [("marginal", True), ("causal", False)])
+def test_which_frames_see_each_other(setting, preset, sees_later):
+    """A change of the last frame's embedding reaches the others, or itself alone."""
+    lm, params, _, _ = setting
+    recipe = recipes.find("block")
+    shape = Shape(preset=preset, layers=2, frames=4, taps=(0, 1), mlp_width=24)
+    drafter = recipe.drafter(recipe.network(lm.config, shape), 7, 3, "")
+    given = drafter.init_params(jax.random.key(1))
+    other = given | {"frame_embedding": given["frame_embedding"].at[3].add(1.0)}
+    tokens, lengths = ragged_prompts(1, (6, 9))
+    taps = lm.hidden(params, tokens, lengths, (0, 1))[1]
+    anchors = np.asarray([[2, 4], [3, 7]], np.int32)
+    pending = params["embedding"][np.take_along_axis(tokens, anchors, axis=1)]
+    run_network = jax.jit(
+        lambda p: drafter.network.apply({"params": p}, taps, pending, anchors, params)
+    )
+    differs = np.abs(run_network(given) - run_network(other)).max((0, 1, 3)) > 1e-6
+    assert differs.tolist() == [sees_later] * 3 + [True]
+
+
+def test_presets_are_named(setting):
+    with pytest.raises(InputError, match=r"expected 'marginal' or 'causal', found 'published'$"):
+        recipes.find("block").network(setting[0].config, Shape(preset="published"))

@@ -2,7 +2,9 @@
 
 The network of ``draft.frames``, whose features of the target enter every layer as in DFlash (arXiv
 2602.06036), with one token per frame in the place of a collapse. It is what a CTC drafter is
-without CTC: the same network, data and tree size, so that the two can be compared.
+without CTC: the same network, data and tree size, so that the two can be compared. Frames attend to
+each other both ways (preset ``marginal``, the default) or to those before them (preset ``causal``,
+as in JetSpec, arXiv 2606.18394).
 
 Where this differs from the published system: one pass without masked tokens in the queries, and a
 tree of the most probable paths under the product of the frames' laws in the place of one chain.
@@ -17,9 +19,11 @@ import dataclasses
 import jax.numpy as jnp
 
 from ctc_spec_jax.chunked_head import chunked_token_log_probs
-from ctc_spec_jax.draft.frames import FramesConfig, FramesDrafter
+from ctc_spec_jax.draft.frames import FramesConfig, FramesDrafter, frames_config
 from ctc_spec_jax.draft.frames_loss import FramesLoss
-from ctc_spec_jax.draft.training import by_position
+from ctc_spec_jax.draft.training import Shape, by_position
+from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import output_head
 from ctc_spec_jax.tree import best_paths
 from ctc_spec_jax.types import Params
@@ -28,6 +32,15 @@ from ctc_spec_jax.types import Params
 @dataclasses.dataclass(frozen=True)
 class BlockConfig(FramesConfig):
     """Static description of a block drafter network; hashable by value."""
+
+
+def block_config(target: DecoderConfig, shape: Shape) -> BlockConfig:
+    """A network for ``target``; the preset says which frames see each other."""
+    if shape.preset not in ("", "marginal", "causal"):
+        raise InputError(f"drafter.preset: expected 'marginal' or 'causal', found {shape.preset!r}")
+    given = (shape.layers, shape.frames, shape.taps, shape.mlp_width)
+    network = frames_config(BlockConfig, target, *given)
+    return dataclasses.replace(network, causal=shape.preset == "causal")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,8 @@ _INIT = nn.initializers.normal(0.02)
 class FramesConfig:
     """Static description of a network over frames; hashable by value.
 
-    ``taps`` are target layers; a tap is the residual stream after that layer.
+    ``taps`` are target layers; a tap is the residual stream after that layer. ``causal`` frames
+    attend to the frames before them alone, others to all frames of the draft.
     """
 
     width: int
@@ -44,6 +45,7 @@ class FramesConfig:
     taps: tuple[int, ...]
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    causal: bool = False
 
     def __post_init__(self):
         if not self.taps:
@@ -191,7 +193,9 @@ class FramesNetwork(nn.Module):
         query = layers.rotate(fused[..., :group, :], angles)
         key = layers.rotate(fused[..., group, :], angles)
         value = fused[..., group + 1, :]
-        mixed = layers.attend_groups(query, key, value, past, visible, self.attention_chunk)
+        mixed = layers.attend_groups(
+            query, key, value, past, visible, self.attention_chunk, c.causal
+        )
         x = x + layers.linear(mixed.reshape(*x.shape[:2], -1), layer["output"])
         h = layers.rms_norm(x, layer["mlp_norm"], c.norm_eps)
         return x + layers.gated_mlp(h, layer["gate_up"], layer["down"])

@@ -117,8 +117,10 @@ def attend(query, new, new_mask, past=None, past_mask=None):
     return jnp.transpose(mixed, (0, 3, 1, 2, 4)).astype(query.dtype)
 
 
-def attend_groups(query, key, value, past, visible, at_a_time: int):
+def attend_groups(query, key, value, past, visible, at_a_time: int, causal: bool = False):
     """Attention of A groups of F rows: a row attends to its group and to what that sees of a cache.
+
+    ``causal``: of its group to itself and the rows before it.
 
     With more than ``at_a_time`` groups, scores exist for that many, and a backward pass makes them
     again: kept, they would grow with A times S.
@@ -138,7 +140,8 @@ def attend_groups(query, key, value, past, visible, at_a_time: int):
         query, key, value, visible = (jnp.moveaxis(x, 0, 1) for x in part)
         batch, groups, rows = query.shape[:3]
         owner = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), rows)
-        own = jnp.broadcast_to((owner[:, None] == owner[None])[None], (batch, *2 * owner.shape))
+        own = owner[:, None] == owner[None]
+        own = jnp.broadcast_to((jnp.tril(own) if causal else own)[None], (batch, *2 * owner.shape))
         key, value = (x.reshape(batch, groups * rows, *x.shape[3:]) for x in (key, value))
         # As in kv_cache: keys [B, K, C, N], values [B, K, N, C].
         new = jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
