@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +154,12 @@ def _split(keys, count: int):
 
 
 class WindowTree(Protocol):
-    """A frozen dataclass: how a window becomes a tree."""
+    """A frozen dataclass: how a window becomes a tree.
+
+    ``states_law``: tokens are drawn, and the draft states from what law.
+    """
+
+    states_law: ClassVar[bool]
 
     @property
     def max_depth(self) -> int:
@@ -179,6 +184,7 @@ class BestPaths:
     under the product of the laws under which positions were revealed.
     """
 
+    states_law: ClassVar[bool] = False
     num_nodes: int
     max_depth: int
     passes: int = PASSES
@@ -207,6 +213,7 @@ class Conditional:
     ``Rejection`` and ``Block`` too.
     """
 
+    states_law: ClassVar[bool] = True
     branches: int
     max_depth: int
     passes: int = PASSES
@@ -234,6 +241,7 @@ class LeftToRight:
     Exact by ``Rejection`` and ``Block``.
     """
 
+    states_law: ClassVar[bool] = True
     max_depth: int
 
     @property

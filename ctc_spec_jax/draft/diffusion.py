@@ -97,6 +97,11 @@ class DiffusionDrafter(FramesDrafter):
     tree: WindowTree
 
     @property
+    def states_law(self) -> bool:
+        """Whether the drafts are drawn, from a law that they state."""
+        return self.tree.states_law
+
+    @property
     def network(self) -> DiffusionNetwork:
         """The Linen module that owns the parameters."""
         return DiffusionNetwork(self.config)
