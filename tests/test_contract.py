@@ -51,7 +51,7 @@ def fresh(drafter, key):
 TINY = dict.fromkeys(recipes.of_language_models(), nearly_target)
 """Parameters by method; ``fresh`` for all others."""
 
-MORE = {"small_lm": ("greedy-adaptive",)}
+MORE = {"small_lm": ("greedy-adaptive",), "diffusion": ("conditional",)}
 """Further ways to build trees by method; every method is tested with its default."""
 
 HISTORY = {("ngram_pool", ""), ("small_lm", "greedy-adaptive"), ("pearl", "")}

@@ -396,7 +396,7 @@ def test_training_and_decoding_see_the_same(setting):
         )
         trained = drafter.network.log_probs(hidden[:, 0], params)
         taps = loss.taps(params, batch)
-        given = DraftContext(params, batch["tokens"], jnp.asarray(length), None, None)
+        given = DraftContext(params, batch["tokens"], jnp.asarray(length), None, make_request(4, 1))
         state = drafter.init(draft_params, given, taps)
         seen = []
 
