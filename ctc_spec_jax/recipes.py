@@ -19,6 +19,7 @@ from ctc_spec_jax.draft.diffusion_loss import DiffusionLoss
 from ctc_spec_jax.draft.eagle import EagleConfig, eagle_config, eagle_drafter
 from ctc_spec_jax.draft.frames_loss import frames_products
 from ctc_spec_jax.draft.glide import GlideConfig, glide_config, glide_drafter, glide_notes
+from ctc_spec_jax.draft.gsd import gsd_drafter
 from ctc_spec_jax.draft.heads_loss import HeadsLoss
 from ctc_spec_jax.draft.hydra import HydraConfig, HydraDrafter, hydra_config
 from ctc_spec_jax.draft.medusa import MedusaConfig, MedusaDrafter, medusa_config
@@ -256,6 +257,7 @@ RECIPES: dict[str, Recipe] = {
     "pearl": Recipe(
         DecoderConfig, _small_lm_network, pearl_drafter, language_model=True, drawn="sampled"
     ),
+    "gsd": Recipe(DecoderConfig, _small_lm_network, gsd_drafter, language_model=True),
     "prompt_lookup": Recipe(
         LookupConfig,
         lambda target, shape: LookupConfig(target.width, target.vocab_size),
