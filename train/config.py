@@ -132,7 +132,7 @@ class Evaluation:
 
     The prompts, of at most ``prompt_length`` tokens, are those of ``files`` (as for
     ``train.regenerate``; their ``category`` is reported apart) or else the beginnings of held-out
-    documents.
+    documents. ``before`` measures before the first step too.
     """
 
     rows: int = 64
@@ -140,6 +140,7 @@ class Evaluation:
     prompt_length: int = 96
     files: tuple[str, ...] = ()
     new_tokens: int = 128
+    before: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +197,12 @@ class TrainConfig:
             )
         if not 0 <= self.data.heldout < 1:
             raise InputError(f"data.heldout: expected 0 <= share < 1, found {self.data.heldout}")
+        if not 0 <= self.loss.on_policy <= 1:
+            raise InputError(f"loss.on_policy: expected 0 to 1, found {self.loss.on_policy}")
+        if not 0 < self.loss.beta < 1:
+            raise InputError(f"loss.beta: expected between 0 and 1, found {self.loss.beta}")
+        if not self.loss.temperature > 0:
+            raise InputError(f"loss.temperature: expected above 0, found {self.loss.temperature}")
 
 
 _AT_LEAST_ONE = {

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ctc_spec_jax import sharding, xla
 from ctc_spec_jax.decode import Loop, decode
-from ctc_spec_jax.types import NO_TOKEN, Request
+from ctc_spec_jax.types import NO_TOKEN, Request, Sampling
 from train.loops import fresh_rounds
 
 
@@ -55,6 +55,51 @@ def measure(
       mesh: the prompts are spread over it.
       loops: share of repeated 8-token groups from which on an answer is a loop.
     """
+    result = _decode(loop, params, draft_params, prompts, stops, mesh)
+    tokens, ends, stats = sharding.host_copy((result.tokens, result.lengths, result.stats))
+    return _counts(tokens, ends, stats, loops)
+
+
+def tries(
+    loop: Loop,
+    params,
+    draft_params,
+    prompts: Prompts,
+    stops: Sequence[int],
+    mesh: Mesh,
+    temperature: float,
+) -> tuple[dict[str, jax.Array], dict[str, float]]:
+    """Decode held-out prompts with drafts that are drawn, and find where one was tried.
+
+    Arguments as for ``measure``; ``temperature`` is above 0.
+
+    Returns:
+      The texts as a batch of training rows whose labels, ``trained``, are the tokens in whose place
+      a drafted one was tried; and ``acceptance``, the share of them that were kept, with its
+      standard error ``acceptance_error``.
+    """
+    result = _decode(loop, params, draft_params, prompts, stops, mesh, temperature)
+    record = result.record
+    parts = (result.tokens, result.lengths, record.from_draft, record.refused)
+    answers, lengths, kept, refused = sharding.host_copy(parts)
+    size = xla.bucket(max(len(row) for row in prompts.tokens)) + answers.shape[1]
+    rows = {name: np.zeros((len(answers), size), np.int32) for name in ("tokens", "segments")}
+    rows["trained"] = np.zeros((len(answers), size), bool)
+    for row, prompt in enumerate(prompts.tokens):
+        ends = len(prompt), len(prompt) + lengths[row]
+        rows["tokens"][row, : ends[0]] = prompt
+        rows["tokens"][row, slice(*ends)] = answers[row, : lengths[row]]
+        rows["trained"][row, slice(*ends)] = (kept | refused)[row, : lengths[row]]
+        rows["segments"][row, : ends[1]] = 1
+    rows["positions"] = np.broadcast_to(np.arange(size, dtype=np.int32), rows["tokens"].shape)
+    tried = max(1, int(rows["trained"].sum()))
+    share = float(kept.sum()) / tried
+    error = (share * (1 - share) / tried) ** 0.5
+    placed = jax.device_put(rows, sharding.rows(mesh, rows))
+    return placed, {"acceptance": share, "acceptance_error": error}
+
+
+def _decode(loop: Loop, params, draft_params, prompts, stops, mesh: Mesh, temperature=None) -> Any:
     batch = len(prompts.tokens)
     width = xla.bucket(max(len(row) for row in prompts.tokens))
     tokens = np.zeros((batch, width), np.int32)
@@ -66,12 +111,13 @@ def measure(
         stops=np.tile(ends[None], (batch, 1)),
         keys=jax.random.split(jax.random.key(0), batch),
     )
+    if temperature is not None:
+        sampling = Sampling(temperature=np.full((batch,), temperature, np.float32))
+        request = dataclasses.replace(request, sampling=sampling)
     lengths = np.asarray([len(row) for row in prompts.tokens], np.int32)
     inputs = [jax.device_put(x, sharding.inputs(mesh, x)) for x in (tokens, lengths, request)]
     with jax.set_mesh(mesh):
-        result = xla.jitted(decode)(loop, params, draft_params, *inputs)
-    tokens, ends, stats = sharding.host_copy((result.tokens, result.lengths, result.stats))
-    return _counts(tokens, ends, stats, loops)
+        return xla.jitted(decode)(loop, params, draft_params, *inputs)
 
 
 def _counts(tokens, lengths, stats, loops: float) -> Drafts:

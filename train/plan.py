@@ -40,13 +40,15 @@ def drafter_flops(config, rows: int, length: int, anchors: int) -> float:
 def step_flops(target: DecoderConfig, drafter, rows: int, length: int, anchors: int) -> float:
     """Operations of a step of drafter training: what the result needs, nothing computed twice.
 
-    The target's layers up to the last tap once. The drafter's products three times, forward and
-    for both gradients, but the frozen LM head twice.
+    The target's layers up to the last tap once, or all of it where the drafter has no taps and
+    learns its law. The drafter's products three times, forward and for both gradients, but the
+    frozen LM head twice.
     """
-    layers = max(drafter.taps, default=-1) + 1
+    taps = getattr(drafter, "taps", None)
+    layers = target.num_layers if taps is None else max(taps, default=-1) + 1
     target = dataclasses.replace(target, num_layers=layers, windows=target.windows[:layers])
     head, others = recipes.of(drafter).products(drafter, length, anchors)
-    forward = forward_flops(target, rows, length, head=False)
+    forward = forward_flops(target, rows, length, head=taps is None)
     return forward + 2.0 * rows * (2 * head + 3 * others)
 
 

@@ -132,6 +132,8 @@ def _steps(run: Run, state, start: int, checkpoints, log: Log, preempted, quiet)
     batches = objective.batches(start)
     rates = Rates(run.config.batch.rows * run.config.batch.length, objective.flops)
     stopping = runs.EarlyStop(options.patience, log)
+    if run.config.evaluation.before and not start and not log.lines:
+        log.write(0, objective.evaluate(run.weights(state)))
     silent = quiet or jax.process_index() > 0
     bar = tqdm(initial=start, total=options.steps, disable=silent)
     for step in range(start, options.steps):

@@ -57,7 +57,7 @@ class SmallLMLoss:
     def loss(self, params: Params, frozen: Params, batch, keys):
         """See ``training.DraftLoss``.
 
-        Metrics are means over the labels: the objectives in use, and ``acceptance``, the mean of
+        Metrics are means over the labels: the objectives in use, and ``overlap``, the mean of
         ``sum_v min(p, q)``, over all labels of the answers.
         """
         params = jax.tree.map(lambda x: x.astype(self.dtype), params)
@@ -78,7 +78,7 @@ class SmallLMLoss:
         if "refused" in batch:
             constant = jax.lax.stop_gradient((hidden, params))
             everywhere = self._divergences(target, frozen, *constant, label_places(batch))[1]
-            metrics["acceptance"] = everywhere["acceptance"]
+            metrics["overlap"] = everywhere["overlap"]
         return loss, jnp.sum(mask), metrics
 
     def own_text(self, params: Params, batch, keys) -> dict[str, jax.Array]:
@@ -128,7 +128,7 @@ class SmallLMLoss:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def _divergences(self, target, frozen: Params, hidden, params: Params, mask):
-        """Weighted sum and means of the divergences in use, and the acceptance."""
+        """Weighted sum and means of the divergences in use, and the overlap."""
         used = {name: getattr(self.weights, name) for name in DIVERGENCES}
         used = {name: weight for name, weight in used.items() if weight}
         heads = output_head(frozen), output_head(params)
@@ -144,7 +144,7 @@ class SmallLMLoss:
             beta=self.weights.beta,
         )
         metrics = {name: found[name] for name in used}
-        return loss, metrics | {"acceptance": 1 - found["total_variation"]}
+        return loss, metrics | {"overlap": 1 - found["total_variation"]}
 
     def _cross_entropy(self, hidden, params: Params, tokens, mask):
         labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))).reshape(-1, 1)
