@@ -206,6 +206,7 @@ RECIPES: dict[str, Recipe] = {
         diffusion_drafter,
         DiffusionLoss,
         products=diffusion_products,
+        drawn="conditional",
     ),
     "medusa": Recipe(
         MedusaConfig,
