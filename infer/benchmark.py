@@ -1,248 +1,290 @@
-"""Time plain decoding against ``transformers`` on the same weights, prompts and CPU threads.
+"""Measure drafting methods against plain decoding of the same library in the same run.
 
-    python -m infer.benchmark --peers
+    python -m infer.benchmark --prompts question.jsonl --methods all --json FILE --report FILE.html
 
-Both decode greedily in float32 with a cache, take turns on every prompt, and end at the same stop
-token and cap. Needs torch, which this library itself does not.
+Prompts are files in the format of Spec-Bench (``question_id``, ``category``, ``turns``), or pieces
+of Python files that the demo target never saw. Every cell, a method at one temperature and batch
+size, is written as soon as it is measured; ``--resume`` goes on with those that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
+import hashlib
+import importlib.metadata
+import json
 import os
+import pathlib
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
-from ctc_spec_jax import demo
-from ctc_spec_jax.cli import exit_on_bad_input, use_compilation_cache
-from ctc_spec_jax.engine import Engine, Generation
+from ctc_spec_jax import demo, recipes
+from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache
+from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
-from infer.generate import check_counts, check_json, measure, write_document
-from infer.prompts import Prompt, choose_prompts
+from infer import cells, methods, peers, report, split
+from infer.generate import Answerer, check_counts, check_json, write_document
+from infer.methods import LeftOut, Method
+from infer.profile import hardware
 from infer.prompts import report as report_lines
+from infer.questions import Turn, ask, heldout_questions, read_questions
+
+_HELDOUT = 8
+"""Held-out prompts where no file is given and no limit."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
-    """First token in which two answers to one prompt differ.
+class Bench:
+    """What all cells share."""
 
-    ``logit_gap`` is how much higher the peer scores its own token than this library's, after the
-    text that both agree on; None where one of the answers ends.
-    """
+    engine: Engine
+    talks: list[list[Turn]]
+    arguments: argparse.Namespace
+    logits: Callable[[list[int]], np.ndarray]
 
-    prompt: int
-    position: int
-    logit_gap: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Result of the benchmark; names as in the JSON file."""
-
-    target: str
-    prompts: int
-    max_new_tokens: int
-    repeats: int
-    threads: int
-    tokens: int
-    tokens_per_second: float
-    transformers_tokens: int
-    transformers_tokens_per_second: float
-    ratio: float
-    identical: bool
-    differences: list[Difference]
-    command: str
-    versions: dict[str, str]
+    def options(self, temperature: float) -> dict[str, Any]:
+        """Options of every row, the same for all decoders."""
+        return {"max_new_tokens": self.arguments.max_new_tokens, "temperature": temperature}
 
 
-class Transformers:
-    """``transformers`` ``generate`` behind the method of ``Engine``: torch, CPU, float32, greedy.
-
-    Prompts are encoded and answers are cut by ``engine``, so that both get the same token ids.
-    """
-
-    def __init__(self, engine: Engine, folder: str, threads: int):
-        self.torch, library = _torch(), importlib.import_module("transformers")
-        self.torch.set_num_threads(threads)
-        library.utils.logging.disable_progress_bar()
-        self.engine = engine
-        loaded = library.AutoModelForCausalLM.from_pretrained(folder, dtype=self.torch.float32)
-        self.model: Any = loaded.eval()
-        self.end = engine.tokenizer.eos_token_id
-        # ``generate`` fills what a call leaves open from here; the folder may ask for sampling.
-        self.model.generation_config = library.GenerationConfig(
-            do_sample=False, use_cache=True, eos_token_id=self.end, pad_token_id=self.end
-        )
-
-    def generate(self, prompts, max_new_tokens=(), **options: Any) -> list[Generation]:
-        """See ``Engine.generate``; one target pass per token, greedy whatever the ``options``."""
-        del options
-        tokens, lengths = self.engine.encode(prompts, max_new_tokens)
-        return [
-            self._answer(row[:length], budget)
-            for row, length, budget in zip(tokens, lengths, max_new_tokens, strict=True)
-        ]
-
-    def logits(self, tokens) -> np.ndarray:
-        """float32 [V] after the text ``tokens`` [T]."""
-        with self.torch.inference_mode():
-            return self.model(self._row(tokens)).logits[0, -1].numpy()
-
-    def _row(self, tokens):
-        return self.torch.tensor(np.asarray(tokens)[None], dtype=self.torch.int64)
-
-    def _answer(self, prompt: np.ndarray, max_new_tokens: int) -> Generation:
-        row = self._row(prompt)
-        mask = self.torch.ones_like(row)
-        began = time.perf_counter()
-        with self.torch.inference_mode():
-            whole = self.model.generate(row, attention_mask=mask, max_new_tokens=max_new_tokens)
-        seconds = time.perf_counter() - began
-        new = whole[0, len(prompt) :].tolist()
-        finish = "stop" if new and new[-1] == self.end else "length"
-        text = self.engine.decode_text(new)
-        return Generation(text, new, finish, len(new), [1] * len(new), seconds)
+def measure_cell(
+    bench: Bench, name: str, engine: Answerer, nodes: int, temperature: float, batch: int
+) -> dict[str, Any]:
+    """One cell as it stands in the JSON file, its time split left out."""
+    given = bench.arguments
+    pair = (engine, bench.engine.plain())
+    options = bench.options(temperature)
+    runs = cells.measure(pair, bench.talks, batch, given.repeats, options, given.seed)
+    found = cells.cell(name, temperature, batch, nodes, runs, bench.logits)
+    return dataclasses.asdict(found)
 
 
-def _torch() -> Any:
-    try:
-        return importlib.import_module("torch")
-    except ImportError as error:
-        raise InputError(
-            "--peers: expected torch to be installed (pip install torch), found none"
-        ) from error
-
-
-def find_differences(
-    prompts: list[list[int]],
-    answers: list[list[int]],
-    peer_answers: list[list[int]],
-    logits: Callable[[list[int]], np.ndarray],
-) -> list[Difference]:
-    """The first difference of every prompt whose two answers differ.
-
-    Args:
-      prompts: token ids.
-      answers: token ids of this library.
-      peer_answers: token ids of the peer.
-      logits: of the peer, [V] after a text of token ids.
-    """
-    found = []
-    for index, (prompt, ours, theirs) in enumerate(
-        zip(prompts, answers, peer_answers, strict=True)
-    ):
-        if ours == theirs:
-            continue
-        shared = min(len(ours), len(theirs))
-        position = next((i for i in range(shared) if ours[i] != theirs[i]), shared)
-        gap = None
-        if position < shared:
-            scores = logits(prompt + theirs[:position])
-            gap = float(scores[theirs[position]] - scores[ours[position]])
-        found.append(Difference(index, position, gap))
-    return found
-
-
-def compare(engine: Engine, folder: str, prompts, max_new_tokens: int, repeats: int) -> Comparison:
-    """Measure ``engine`` and ``transformers`` in turns; ``folder`` is that of the engine's target.
+def measure_method(
+    bench: Bench, method: Method, temperature: float, batch: int, done: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The cell of a method of this library; its time split is taken from ``done`` if it is there.
 
     Raises:
-      InputError: torch is not installed.
+      InputError: it cannot draft for this target, or the batch does not fit the memory.
     """
-    threads = os.cpu_count() or 1
-    peer = Transformers(engine, folder, threads)
-    (ours, theirs), seconds = measure(engine, peer, prompts, repeats)
-    tokens, lengths = engine.encode([prompt.content for prompt in prompts], max_new_tokens)
-    differences = find_differences(
-        [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)],
-        [answer.tokens for answer in ours],
-        [answer.tokens for answer in theirs],
-        peer.logits,
-    )
-    counts = [sum(len(answer.tokens) for answer in answers) for answers in (ours, theirs)]
-    speeds = [count / sum(times) for count, times in zip(counts, seconds, strict=True)]
-    return Comparison(
-        target=folder,
-        prompts=len(prompts),
-        max_new_tokens=max_new_tokens,
-        repeats=repeats,
-        threads=threads,
-        tokens=counts[0],
-        tokens_per_second=speeds[0],
-        transformers_tokens=counts[1],
-        transformers_tokens_per_second=speeds[1],
-        ratio=speeds[0] / speeds[1],
-        identical=not differences,
-        differences=differences,
-        command="python -m infer.benchmark " + " ".join(sys.argv[1:]),
-        versions={
-            "jax": jax.__version__,
-            "torch": peer.torch.__version__,
-            "transformers": importlib.import_module("transformers").__version__,
+    given = bench.arguments
+    engine = method.engine(bench.engine, given.tree_nodes, DTYPES[given.dtype])
+    nodes = engine.drafter.num_nodes
+    row = measure_cell(bench, method.name, engine, nodes, temperature, batch)
+    if method.name == methods.PLAIN or given.no_split:
+        return row
+    same = (r for r in done if (r["method"], r["batch"]) == (method.name, batch))
+    parts = next((r["time_split"] for r in same), None)
+    try:
+        parts = parts or split.time_split(engine, batch, {}, given.repeats)
+    except InputError as error:
+        print(f"note: {method.name} without a time split: {error}", file=sys.stderr)
+        return row
+    return row | {"time_split": parts, "drafter_cost": split.drafter_cost(parts)}
+
+
+def place(row: dict[str, Any]) -> tuple[str, float, int]:
+    """What tells the cells of a file apart."""
+    return row["method"], row["temperature"], row["batch"]
+
+
+def run(bench: Bench, chosen: list[Method], document: dict[str, Any], save: Callable[[], None]):
+    """Measure every cell that the document lacks; ``save`` is called after each."""
+    given = bench.arguments
+    decoders: list[Method | peers.Peer] = [*chosen]
+    if given.peers:
+        trained = methods.by_method(given.drafters)
+        folder = next((trained[n] for n in recipes.of_language_models() if n in trained), None)
+        decoders += peers.peers(folder)
+    plan = [(d, t, b) for b in given.batch for t in given.temperature for d in decoders]
+    for decoder, temperature, batch in tqdm(plan, unit=" cells"):
+        ours = isinstance(decoder, Method)
+        rows = document["results" if ours else "peers"]
+        if (decoder.name, temperature, batch) in map(place, rows):
+            continue
+        try:
+            if isinstance(decoder, Method):
+                rows.append(measure_method(bench, decoder, temperature, batch, rows))
+            else:
+                rows.append(_measure_peer(bench, decoder, temperature, batch))
+        except InputError as error:
+            left_out = LeftOut(decoder.name, str(error), temperature, batch)
+            document["left_out"].append(dataclasses.asdict(left_out))
+        save()
+
+
+def _measure_peer(bench: Bench, peer: peers.Peer, temperature: float, batch: int):
+    if peer.one_row and batch > 1:
+        raise InputError(f"batch: expected 1, all that this way to decode takes, found {batch}")
+    folder = str(convert.target_folder(bench.arguments.target or str(demo.target_folder())))
+    engine = peers.Transformers(bench.engine, folder, peer, bench.arguments.dtype)
+    return measure_cell(bench, peer.name, engine, 1, temperature, batch)
+
+
+def new_document(bench: Bench, left_out: list[LeftOut]) -> dict[str, Any]:
+    """The file before the first cell: machine, versions, commit, settings and no results."""
+    given = bench.arguments
+    tokens = json.dumps([[turn.tokens for turn in talk] for talk in bench.talks])
+    names = ("max_new_tokens", "tree_nodes", "repeats", "seed", "dtype")
+    versions = {name: importlib.metadata.version(name) for name in ("flax", "numpy")}
+    machine = hardware()
+    return {
+        **machine,
+        "versions": machine["versions"] | versions | (peers.versions() if given.peers else {}),
+        "settings": {
+            "target": given.target or "demo",
+            **{name: getattr(given, name) for name in names},
+            "prompts": [pathlib.Path(path).name for path in given.prompts or ["heldout"]],
+            "questions": len(bench.talks),
+            "turns": sum(map(len, bench.talks)),
+            "prompts_sha256": hashlib.sha256(tokens.encode()).hexdigest(),
         },
-    )
+        "left_out": [dataclasses.asdict(one) for one in left_out],
+        "results": [],
+        "peers": [],
+    }
 
 
-def report(result: Comparison) -> str:
-    """The comparison as aligned text."""
-    rows = [
-        ("", "this library", "transformers"),
-        ("tokens", str(result.tokens), str(result.transformers_tokens)),
-        (
-            "tokens/s, plain decoding",
-            f"{result.tokens_per_second:.1f}",
-            f"{result.transformers_tokens_per_second:.1f}",
-        ),
-        ("ratio", f"{result.ratio:.2f}", ""),
-        ("identical", "yes" if result.identical else "no", ""),
-    ]
-    lines = [f"{name:<28}{ours:>14}{theirs:>14}".rstrip() for name, ours, theirs in rows]
-    for difference in result.differences:
-        gap = difference.logit_gap
-        lines.append(
-            f"prompt {difference.prompt} differs first in token {difference.position}"
-            + ("" if gap is None else f", logit gap {gap:.2e}")
-        )
-    return "\n".join(lines)
+def resumed(path: str, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The document to go on with: that of the file, if there is one, with its cells.
+
+    Raises:
+      InputError: it was measured with other settings or on another device, which would not
+        compare.
+    """
+    try:
+        old = json.loads(pathlib.Path(path).read_text())
+        cells_of = {name: old[name] for name in ("results", "peers")}
+        settings = {**old["settings"], "device": old["device"], "versions": old["versions"]}
+        commits = old["commit"]
+    except FileNotFoundError:
+        return fresh
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"--resume: expected a result file, found {path} ({error})") from error
+    now = {**fresh["settings"], "device": fresh["device"]}
+    for name, value in now.items():
+        if settings.get(name) != value:
+            raise InputError(f"--resume: expected {name} {settings.get(name)!r}, found {value!r}")
+    for name in fresh["versions"].keys() & settings["versions"].keys():
+        if settings["versions"][name] != fresh["versions"][name]:
+            raise InputError(
+                f"--resume: expected {name} {settings['versions'][name]}, "
+                f"found {fresh['versions'][name]}"
+            )
+    if fresh["commit"] not in commits.split(", "):
+        commits = f"{commits}, {fresh['commit']}"
+    versions = settings["versions"] | fresh["versions"]
+    return {**fresh, **cells_of, "commit": commits, "versions": versions}
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--prompts", nargs="+", metavar="FILE", help="JSONL files in the format of Spec-Bench")
+    add("--limit", type=int, help="questions taken of each file, its categories in turns")
+    add("--methods", default="all", help="names with commas between them, or all that can run")
+    add("--temperature", type=float, nargs="+", default=[0.0], help="0 is greedy")
+    add("--batch", type=int, nargs="+", default=[1], help="questions decoded at a time")
+    add("--max-new-tokens", type=int, default=128)
+    add("--tree-nodes", type=int, default=demo.TREE_NODES, help="nodes of a draft, root included")
+    add("--drafters", nargs="+", default=[], metavar="FOLDER", help="folders of trained drafters")
+    add("--target", help="Hugging Face folder or hub id (default: the demo)")
+    add("--dtype", choices=sorted(DTYPES), default="float32")
+    add("--template", help="Jinja file with a chat template")
+    add("--repeats", type=int, default=3, help="timed runs of each batch")
+    add("--seed", type=int, default=0)
+    add("--no-split", action="store_true", help="leave out where the time of a round goes")
+    add("--peers", action="store_true", help="also measure transformers (torch)")
+    add("--json", metavar="FILE", help="file to write the results to, after every cell")
+    add("--resume", action="store_true", help="go on with --json: measure what it lacks")
+    add("--report", metavar="FILE.html", help="page to write, with FILE.md beside it")
+    add("--round-cost", metavar="FILE", help="figures of infer.profile, for the report")
+    arguments = parser.parse_args()
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    check_counts(arguments, ("max_new_tokens", "repeats"))
+    if min(arguments.batch) < 1:
+        raise InputError(f"--batch: expected at least 1, found {min(arguments.batch)}")
+    if arguments.limit is not None:
+        check_counts(arguments, ("limit",))
+    if not 0 <= min(arguments.temperature) <= max(arguments.temperature) < float("inf"):
+        raise InputError(f"--temperature: expected 0 or more, found {arguments.temperature}")
+    if arguments.tree_nodes < 2:
+        raise InputError(f"--tree-nodes: expected at least 2, found {arguments.tree_nodes}")
+    if arguments.resume and not arguments.json:
+        raise InputError("--resume: expected --json, the file to go on with, found none")
+    check_json(arguments.json)
+    report.check(arguments.report, arguments.round_cost)
+    if arguments.peers:
+        peers.load_torch()
+        # Both libraries share one GPU: JAX must not take most of its memory at once.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[Bench, list[str]]:
+    """The target and its questions, and a sentence for every line that is none.
+
+    Turns that are too long for the target are left out, which is noted on standard error.
+    """
+    if arguments.dtype == "float32":
+        # Accelerators round the inputs of float32 products by default, which can swap near ties.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    if arguments.target is None:
+        taken = methods.by_method(arguments.drafters)
+        own = [f for f in methods.demo_folders() if not methods.by_method([f]).keys() & taken]
+        arguments.drafters = [*arguments.drafters, *own]
+    target = arguments.target or str(demo.target_folder())
+    engine = Engine.from_pretrained(target, dtype=DTYPES[arguments.dtype])
+    if arguments.template:
+        try:
+            engine.tokenizer.chat_template = pathlib.Path(arguments.template).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"--template: expected a readable file, found {arguments.template} ({error})"
+            ) from error
+    if arguments.prompts:
+        questions, problems = read_questions(arguments.prompts, arguments.limit)
+    else:
+        questions, problems = heldout_questions(engine, arguments.limit or _HELDOUT), []
+    talks, dropped = ask(engine, questions, arguments.max_new_tokens)
+    if not talks:
+        raise InputError("\nerror: ".join([*problems, *dropped]))
+    if dropped:
+        print(f"note: {len(dropped)} turns left out, such as {dropped[0]}", file=sys.stderr)
+    return Bench(engine, talks, arguments, cells.target_logits(engine)), problems
 
 
 @exit_on_bad_input
 def main() -> None:
     """Entry point of ``python -m infer.benchmark``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--peers", action="store_true", help="compare with transformers (torch)")
-    parser.add_argument("--target", help="Hugging Face folder or hub id (default: the demo)")
-    parser.add_argument("--prompts", help="JSONL file with 'prompt' or 'turns'")
-    parser.add_argument("--num-prompts", type=int, default=8, help="held-out prompts to take")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each prompt")
-    parser.add_argument("--json", help="file to write the result to")
-    arguments = parser.parse_args()
-    if not arguments.peers:
-        raise InputError("--peers: expected it, the one comparison there is, found none")
-    check_counts(arguments, ("num_prompts", "max_new_tokens", "repeats"))
-    check_json(arguments.json)
-    _torch()
+    arguments = _parse()
     use_compilation_cache()
-    folder = str(convert.target_folder(arguments.target or str(demo.target_folder())))
-    engine = Engine.from_pretrained(folder)
-    fields = {"max_new_tokens": arguments.max_new_tokens}
-    prompts, problems = choose_prompts(engine, arguments.prompts, arguments.num_prompts, fields)
-    prompts = [Prompt(prompt.content, fields) for prompt in prompts]
+    bench, problems = prepare(arguments)
+    chosen, left_out = methods.choose(bench.engine, arguments.methods, arguments.drafters)
     report_lines(problems)
-    result = compare(engine, folder, prompts, arguments.max_new_tokens, arguments.repeats)
-    print(report(result))
-    if arguments.json:
-        named = {"target": arguments.target or "demo"}  # a folder of this machine says nothing
-        write_document(arguments.json, dataclasses.asdict(result) | named)
+    document = new_document(bench, left_out)
+    if arguments.resume:
+        document = resumed(arguments.json, document)
+
+    def save() -> None:
+        if arguments.json:
+            write_document(arguments.json, document)
+
+    run(bench, chosen, document, save)
+    save()
+    print(report.text(document))
+    if arguments.report:
+        report.write(document, arguments.report, arguments.round_cost)
     if problems:
         raise SystemExit(2)
 

@@ -75,8 +75,8 @@ class Cost:
     every_option: float  # of rows with every processor on, in greedy rounds
 
 
-def round_timer(engine: Engine, batch: int, fields: dict[str, Any]) -> Callable[[], float]:
-    """A function that runs rounds of a batch from the same state and gives seconds per round."""
+def round_state(engine: Engine, batch: int, fields: dict[str, Any]):
+    """Loop, both parameters, state after the prefill and request of a batch of made-up prompts."""
     new = _ROUNDS * (engine.drafter.max_depth + 1)
     rows = options.per_row(batch, {"max_new_tokens": new, "ignore_eos": True, **fields})
     draw = np.random.default_rng(0)
@@ -84,7 +84,12 @@ def round_timer(engine: Engine, batch: int, fields: dict[str, Any]) -> Callable[
     tokens, lengths = engine.encode(prompts, [new] * batch)
     loop, request = engine.loop(xla.bucket(new)), engine.request(rows, seed_keys(0, batch))
     params = (engine.params, engine.draft_params)
-    state = xla.jitted(loop_of.start)(loop, *params, tokens, lengths, request)
+    return loop, params, xla.jitted(loop_of.start)(loop, *params, tokens, lengths, request), request
+
+
+def round_timer(engine: Engine, batch: int, fields: dict[str, Any]) -> Callable[[], float]:
+    """A function that runs rounds of a batch from the same state and gives seconds per round."""
+    loop, params, state, request = round_state(engine, batch, fields)
     advance = xla.jitted(loop_of.advance)
 
     def run() -> float:
@@ -223,7 +228,9 @@ def hardware() -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "device": f"{cpu}, {os.cpu_count()} cores" if device.platform == "cpu" else str(device),
+        "device": f"{cpu}, {os.cpu_count()} cores"
+        if device.platform == "cpu"
+        else device.device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "commit": commit.stdout.strip(),
         "date": datetime.date.today().isoformat(),

@@ -31,13 +31,13 @@ from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
-from infer import benchmark, chat, generate, profile
+from infer import chat, generate, profile
 from train import corpus, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCAB, POSITIONS = 300, 128
 TEXT = (ROOT / "train" / "data.py").read_text()
-MODULES = (generate, benchmark, chat, profile, train)
+MODULES = (generate, chat, profile, train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,16 +415,6 @@ def test_training_refuses(sentence, tmp_path, monkeypatch):
         assert re.search(pattern, sentence(train, *arguments))
 
 
-def test_benchmark_refuses(pair, sentence, tmp_path, monkeypatch):
-    assert "--peers: expected it" in sentence(benchmark)
-    file = tmp_path / "file"
-    file.touch()
-    place = ("--peers", "--target", pair.target, "--json", file / "result.json")
-    assert "--json: expected a file in a writable folder" in sentence(benchmark, *place)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert "--peers: expected torch to be installed" in sentence(benchmark, "--peers")
-
-
 def test_a_drafter_folder_that_cannot_be_written(pair, tmp_path):
     engine = Engine.from_pretrained(str(pair.target), str(pair.drafter))
     file = tmp_path / "file"
@@ -502,39 +492,6 @@ def test_one_differing_token_is_not_identical():
     assert generate.summarise(8, ours, [1.0, 1.0], same, [1.0, 1.0]).identical is True
     assert generate.summarise(8, ours, [1.0, 1.0], other, [1.0, 1.0]).identical is False
     assert generate.summarise(8, ours, [1.0, 1.0], [], []).identical is None
-
-
-def test_first_differences():
-    """Position of the first differing token, and the peer's logit gap after the shared text."""
-    seen = []
-
-    def logits(tokens):
-        seen.append(tokens)
-        return np.arange(10, dtype=np.float32) / 4
-
-    prompts = [[1], [2], [3]]
-    ours, theirs = [[5, 6], [5, 6, 7], [5]], [[5, 6], [5, 8, 7], [5, 9]]
-    assert benchmark.find_differences(prompts, ours, theirs, logits) == [
-        benchmark.Difference(1, 1, 0.5),
-        benchmark.Difference(2, 1, None),
-    ]
-    assert seen == [[2, 5]]
-
-
-def test_benchmark_end_to_end(pair, call, tmp_path):
-    """The same greedy tokens as ``transformers`` in float32, and every field of the JSON file."""
-    pytest.importorskip("torch", reason="torch is optional")
-    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "result.json"
-    prompts.write_text('{"prompt": "def source_files("}\n{"prompt": "import numpy"}\n')
-    places = ("--peers", "--target", pair.target, "--prompts", prompts, "--json", out)
-    printed = call(benchmark, *places, "--max-new-tokens", 24, "--repeats", 1)
-    result = json.loads(out.read_text())
-    assert set(result) == {field.name for field in dataclasses.fields(benchmark.Comparison)}
-    assert result["identical"] is True and result["differences"] == []
-    assert 0 < result["tokens"] == result["transformers_tokens"] <= 48
-    ratio = result["tokens_per_second"] / result["transformers_tokens_per_second"]
-    np.testing.assert_allclose(result["ratio"], ratio)
-    assert re.search(r"^identical +yes$", printed, re.MULTILINE)
 
 
 def test_the_example_of_the_readme(pair, monkeypatch, capsys):

@@ -1,0 +1,186 @@
+"""Where the time of a round goes: draft, tree, verify, accept, in separately jitted parts.
+
+Every part runs many times within one program, each time waiting for the one before, so that the
+cost of starting a program is left out. The whole round is also timed with its own tree handed to
+it for nothing: what is then missing is the drafter's. Medians of turns; see ``profile.in_turns``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ctc_spec_jax import logits as processing
+from ctc_spec_jax import xla
+from ctc_spec_jax.engine import Engine
+from ctc_spec_jax.tree import topology
+from ctc_spec_jax.types import (
+    NO_PARENT,
+    DecodeState,
+    DraftContext,
+    Drafter,
+    DraftTree,
+    Params,
+    Request,
+)
+from infer.profile import in_turns, round_state, round_timer
+
+_ROUNDS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _GivenTree:
+    """The drafter that costs nothing: the same tree, its parameters, in every round."""
+
+    max_depth: int
+    num_nodes: int
+    taps: tuple[int, ...]
+
+    def init(self, params: Params, context: DraftContext, taps) -> Any:
+        """No state."""
+        return ()
+
+    def propose(self, params: Params, state: Any, context: DraftContext, keys) -> DraftTree:
+        """See ``types.Drafter``; waits for the round before so that nothing is hoisted."""
+        return _moved(params, jnp.minimum(context.length, 0)[:, None])
+
+    def commit(self, params: Params, state: Any, context, output, acceptance) -> Any:
+        """No state."""
+        return state
+
+
+def _moved(tree: DraftTree, zero) -> DraftTree:
+    """The tree; XLA cannot know that the number added to it is 0."""
+    return dataclasses.replace(tree, tokens=tree.tokens + zero, parents=tree.parents + zero)
+
+
+def _zero_of(*arrays) -> Any:
+    """0, once these arrays are there: their numbers are above -5, which XLA cannot know."""
+    return sum(jnp.minimum(jnp.min(x.astype(jnp.int32)) + 5, 0) for x in arrays)
+
+
+def _propose(loop, params, draft_params, state: DecodeState, request: Request, zero=0, index=0):
+    keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, index)
+    context = DraftContext(params, state.tokens, state.length + zero, state.cache, request)
+    tree = loop.drafter.propose(draft_params, state.drafter, context, keys)
+    return dataclasses.replace(tree, draft_logits=None)
+
+
+def _proposals(loop, params, draft_params, state: DecodeState, request: Request):
+    def step(index, zero):
+        tree = _propose(loop, params, draft_params, state, request, zero, index)
+        return _zero_of(tree.tokens, tree.parents, tree.valid)
+
+    return jax.lax.fori_loop(0, _ROUNDS, step, jnp.int32(0))
+
+
+def _shapes(loop, params, tree: DraftTree, state: DecodeState, request: Request):
+    def step(index, zero):
+        _, _, depth, mask = _shape(loop, _moved(tree, zero))
+        return _zero_of(depth, mask)
+
+    return jax.lax.fori_loop(0, _ROUNDS, step, jnp.int32(0))
+
+
+def _shape(loop, tree: DraftTree):
+    lineage = topology.lineages(tree, loop.drafter.max_depth)
+    return tree, lineage, *topology.shape_of(tree, lineage)
+
+
+def _verifications(loop, params, tree: DraftTree, state: DecodeState, request: Request):
+    target, drafter = loop.target, loop.drafter
+
+    def step(index, zero):
+        mine, lineage, depth, mask = _shape(loop, _moved(tree, zero))
+        length = state.length
+        result = target.forward_tree(
+            params, state.cache, length, mine.tokens, length[:, None] + depth, mask, drafter.taps
+        )
+        before = processing.prefixes(state, request, mine, lineage)
+        laws = processing.NodeLaws(result.logits, request, state.known, before)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, index)
+        kept = loop.verifier(keys, mine, depth, mask, laws, drafter.max_depth)
+        return _zero_of(kept.path, kept.length, kept.next_token)
+
+    return jax.lax.fori_loop(0, _ROUNDS, step, jnp.int32(0))
+
+
+def _timer(function: Callable, *arguments: Any) -> Callable[[], float]:
+    compiled = xla.jitted(function)
+
+    def run() -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        return (time.perf_counter() - began) / _ROUNDS
+
+    run()  # compiles
+    return run
+
+
+def _chain(drafter: Drafter, state: DecodeState) -> DraftTree:
+    batch, nodes = len(state.length), drafter.max_depth + 1
+    parents = jnp.arange(nodes, dtype=jnp.int32) + NO_PARENT
+    zeros = jnp.zeros((batch, nodes), jnp.int32)
+    return DraftTree(zeros, zeros + parents[None], jnp.ones((batch, nodes), bool))
+
+
+def time_split(
+    engine: Engine, batch: int, fields: dict[str, Any], repeats: int
+) -> dict[str, float]:
+    """Seconds of the parts of a round.
+
+    ``draft``: the drafter's proposal, its tree included; ``tree``: ancestors, depths and mask;
+    ``verify``: target pass, law and rule; ``accept``: tokens, cache rows, stops; ``update``: the
+    drafter's own state; ``round``: all of it in one program, timed by itself; ``plain_step``: a
+    round without a draft. ``accept`` and ``update`` are differences, 0 where noise is larger.
+
+    Where a drafter has a round of its own, which drafts while the target works, ``draft`` is what
+    that round takes longer than one of a given chain as long as its drafts, and ``update`` is 0.
+
+    Args:
+      engine: target and drafter.
+      batch: B.
+      fields: of ``Options``.
+      repeats: turns of every program.
+
+    Raises:
+      InputError: the target has too few positions for the rounds that are timed.
+    """
+    loop, params, state, request = round_state(engine, batch, fields)
+    drafter, inputs = engine.drafter, (loop, *params, state, request)
+    own_round = hasattr(drafter, "run_round")
+    tree = _chain(drafter, state) if own_round else xla.jitted(_propose)(*inputs)
+    given = dataclasses.replace(
+        engine,
+        drafter=_GivenTree(drafter.max_depth, tree.tokens.shape[1], drafter.taps),
+        draft_params=tree,
+    )
+    timers = {
+        "plain_step": round_timer(engine.plain(), batch, fields),
+        "round": round_timer(engine, batch, fields),
+        "given": round_timer(given, batch, fields),
+        "tree": _timer(_shapes, loop, params[0], tree, state, request),
+        "verify": _timer(_verifications, loop, params[0], tree, state, request),
+    }
+    if not own_round:
+        timers["draft"] = _timer(_proposals, *inputs)
+    seconds = in_turns(timers, repeats)
+    free, verify = seconds.pop("given"), seconds["verify"]
+    more = max(0.0, seconds["round"] - free)
+    draft = seconds.get("draft", more)
+    return seconds | {
+        "draft": draft,
+        "verify": max(0.0, verify - seconds["tree"]),
+        "accept": max(0.0, free - verify),
+        "update": max(0.0, more - draft),
+    }
+
+
+def drafter_cost(split: dict[str, float]) -> float:
+    """Time of the drafter in plain steps."""
+    return (split["draft"] + split["update"]) / split["plain_step"]
