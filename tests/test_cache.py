@@ -8,7 +8,8 @@ import pytest
 
 from ctc_spec_jax.decode import Loop, NoDraft, advance, start
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
-from ctc_spec_jax.draft.small_lm import SmallLM
+from ctc_spec_jax.draft.pearl import AheadLM
+from ctc_spec_jax.draft.small_lm import Drawn, SmallLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.verify import Greedy
 from tests.helpers import OracleTree, make_request, ragged_prompts, tiny_target
@@ -82,7 +83,7 @@ def test_drafter_cache_audit():
                 )
 
 
-@pytest.mark.parametrize("method", ["plain", "ctc", "small_lm"])
+@pytest.mark.parametrize("method", ["plain", "ctc", "small_lm", "pearl"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_no_step_copies_a_cache(batch, method):
     """The compiled loop holds no copy of the shape of a cache, and the donated state is reused."""
@@ -95,6 +96,9 @@ def test_no_step_copies_a_cache(batch, method):
         draft_params = drafter.init_params(jax.random.key(0))
     if method == "small_lm":
         drafter = SmallLM(tiny_target(num_layers=1)[0], (1, 1, 1))
+        draft_params = drafter.init_params(jax.random.key(0))
+    if method == "pearl":
+        drafter = AheadLM(tiny_target(num_layers=1)[0], 3, Drawn())
         draft_params = drafter.init_params(jax.random.key(0))
     prompts, lengths = ragged_prompts(3, (6, 3, 8)[:batch])
     # Caches far larger than everything else, so that one copy of them would show in the memory.
