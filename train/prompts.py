@@ -2,7 +2,7 @@
 
 A line of a file is an object with ``messages`` (role, content), ``conversations`` (from, value;
 the form of ShareGPT), ``turns`` (texts of the user) or ``prompt`` (one text), and with an ``id`` or
-without one.
+without one; its ``category`` or ``topic`` says what kind of text it asks for.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def parse_prompt(line: bytes, first_turn: bool = False, place: str = "") -> Prom
     if isinstance(name, bool) or not isinstance(name, str | int | None) or name == "":
         raise InputError(f"expected an id that is a text or a whole number, found {name!r}")
     name = "" if name is None else str(name)
-    category = row.get("category")
+    category = row.get("category", row.get("topic"))
     category = category if isinstance(category, str) else ""
     messages = _messages(row, line)
     if messages is None:
