@@ -303,6 +303,11 @@ def test_weight_of_the_schedule_is_one_over_t():
 
         weight = jax.vmap(jax.grad(sigma))(times) / jnp.expm1(sigma(times))
         np.testing.assert_allclose(weight * times, 1, atol=1e-12, rtol=0)
+        for passes in (1, 2, 5):  # the bound of T steps: the same weight, if each counts 1/T
+            times = jnp.arange(1, passes + 1) / passes
+            step = mask_chance(times) - mask_chance(times - 1 / passes)
+            weight = passes * step / mask_chance(times)
+            np.testing.assert_allclose(weight * times, 1, atol=1e-12, rtol=0)
 
 
 def test_windows_are_masked_at_their_times():
@@ -322,6 +327,8 @@ def test_windows_are_masked_at_their_times():
         chance = np.broadcast_to(mask_chance(times)[..., None], own.shape)[own]
         spread = np.sqrt((chance * (1 - chance)).sum())
         assert abs((windows[own] == MASK).sum() - chance.sum()) < 4 * spread
+    _, times = masked_windows(keys, labels, lengths, 4)
+    assert (np.sort(times, axis=1) == np.repeat([0.25, 0.5, 0.75, 1.0], 10)).all()
     once = np.asarray(antithetic_times(jax.random.key(3), 1))
     assert EPSILON <= once[0] <= 1
 
@@ -479,6 +486,12 @@ def test_names_and_shapes(setting):
     for name, tree in expected.items():
         assert drafter_of(lm, name).tree == tree
         assert tree.num_nodes <= 9
+    wide = dataclasses.replace(network, passes=3)
+    assert recipes.find("diffusion").drafter(wide, 9, FRAMES, "").tree.passes == 3
+    published = recipes.find("diffusion").network(lm.config, Shape("published", frames=FRAMES))
+    assert published == dataclasses.replace(network, passes=0)
+    with pytest.raises(InputError, match="drafter.preset: expected 'published' or '', found 'x'"):
+        recipes.find("diffusion").network(lm.config, Shape("x"))
     for name in ("prefix", "greedy-0", "marginal-2", "greedy-x"):
         with pytest.raises(InputError, match="^tree: expected greedy, .* found"):
             drafter_of(lm, name)

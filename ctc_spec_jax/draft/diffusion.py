@@ -43,13 +43,27 @@ from ctc_spec_jax.types import DraftContext, DraftTree, Params
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig(FramesConfig):
-    """Static description of a diffusion drafter network; hashable by value."""
+    """Static description of a diffusion drafter network; hashable by value.
+
+    ``passes`` is the T that it is trained for and drafts with unless told otherwise; 0 is any.
+    """
+
+    passes: int = PASSES
 
 
 def diffusion_config(target: DecoderConfig, shape: Shape) -> DiffusionConfig:
-    """A network for ``target``; ``shape.frames`` is the length of the window."""
+    """A network for ``target``; ``shape.frames`` is the length of the window.
+
+    Preset ``published`` is trained for all times, as MDLM is.
+
+    Raises:
+      InputError: another preset.
+    """
+    if shape.preset not in ("", "published"):
+        raise InputError(f"drafter.preset: expected 'published' or '', found {shape.preset!r}")
     given = (shape.layers, shape.frames, shape.taps, shape.mlp_width)
-    return frames_config(DiffusionConfig, target, *given)
+    network = frames_config(DiffusionConfig, target, *given)
+    return dataclasses.replace(network, passes=0) if shape.preset else network
 
 
 class DiffusionNetwork(FramesNetwork):
@@ -134,7 +148,7 @@ def diffusion_drafter(
             "tree: expected greedy, conditional (or with T passes, as in greedy-4), marginal, "
             f"siblings or left_to_right, found {tree!r}"
         )
-    count = int(passes or PASSES)
+    count = int(passes or network.passes or PASSES)
     if name == "siblings":
         depth = max(1, min(depth, (nodes - 1) // 4))
         return DiffusionDrafter(network, Conditional((nodes - 1) // depth, depth, 1))

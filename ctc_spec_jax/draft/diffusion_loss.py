@@ -1,14 +1,20 @@
 """What a diffusion drafter is trained on: windows of the target's text, a share of each masked.
 
-The bound of masked diffusion (MDLM, arXiv 2406.07524, equation 11) with the log-linear schedule
-sigma(t) = -log(1 - (1 - e) t): every position is masked with the chance 1 - exp(-sigma) and costs
-its cross-entropy times sigma' / (exp(sigma) - 1), which is 1/t.
+The bound of masked diffusion (MDLM, arXiv 2406.07524, sections 3.3 to 3.5) with the log-linear
+schedule sigma(t) = -log(1 - (1 - e) t): every position is masked with the chance 1 - exp(-sigma)
+and costs its cross-entropy times sigma' / (exp(sigma) - 1), which is 1/t.
 
-Differences from MDLM's release: a window follows an anchor, whose text and features it sees; times
-are spread over the anchors of a row; position k counts ``decay ** (k - 1)``, normalised, and 1 for
-the bound itself. What lies past the end of an answer is masked and costs nothing.
+A draft of T passes meets the times 1/T, 2/T, .. 1 alone, and first of all a window that is masked
+throughout, which times between 0 and 1 hardly show. So a network for T passes is trained at those
+times: the bound of T steps, whose weights (alpha_s - alpha_t) / (1 - alpha_t) are 1/(T t).
 
-Shape letters: B rows, T tokens, A anchors, F positions of the window, K labels, D width.
+Differences from MDLM's release: that, unless the network is for any number of passes; a window
+follows an anchor, whose text and features it sees; times are spread over the anchors of a row;
+position k counts ``decay ** (k - 1)``, normalised, and 1 for the bound itself. What lies past the
+end of an answer is masked and costs nothing.
+
+Shape letters: B rows, T tokens of a row or passes, A anchors, F positions of the window, K labels,
+D width.
 """
 
 from __future__ import annotations
@@ -38,19 +44,25 @@ def mask_chance(time):
     return (1 - EPSILON) * time
 
 
-def antithetic_times(key, count: int):
-    """Float32 [count] in [EPSILON, 1], one in each of as many equal parts, in a random order.
+def antithetic_times(key, count: int, passes: int = 0):
+    """Float32 [count], one in each of as many equal parts of (0, 1], in a random order.
 
-    The order, because anchors go along the text. ``key`` is consumed.
+    The order, because anchors go along the text. With ``passes`` T the times are 1/T, 2/T, .. 1;
+    else they begin at ``EPSILON``. ``key`` is consumed.
     """
     order, inside = jax.random.split(key)
     part = jax.random.permutation(order, count).astype(jnp.float32)
     uniform = (part + jax.random.uniform(inside, (count,))) / count
+    if passes:
+        # Rounding may lift a number to 1.
+        return (jnp.minimum(jnp.floor(uniform * passes), passes - 1) + 1) / passes
     return EPSILON + (1 - EPSILON) * uniform
 
 
-def masked_windows(keys, labels, lengths):
+def masked_windows(keys, labels, lengths, passes: int = 0):
     """Windows of labels int32 [B, A, F], of which ``lengths`` [B, A] count, and times [B, A].
+
+    The times are those of so many passes, or any if that is 0.
 
     Returns:
       int32 [B, A, F], ``MASK`` at masked positions and past the lengths; float32 [B, A].
@@ -58,7 +70,7 @@ def masked_windows(keys, labels, lengths):
 
     def row(key, labels, lengths):
         when, which = jax.random.split(key)
-        time = antithetic_times(when, len(lengths))
+        time = antithetic_times(when, len(lengths), passes)
         masked = jax.random.uniform(which, labels.shape) < mask_chance(time)[:, None]
         past = jnp.arange(labels.shape[1], dtype=jnp.int32)[None] >= lengths[:, None]
         return jnp.where(masked | past, MASK, labels), time
@@ -71,7 +83,7 @@ class DiffusionLoss(FramesLoss):
     """Cross-entropy of masked positions over random anchors; a ``training.DraftLoss``.
 
     Metrics are means over the anchors, by position [F], weighted by 1/t as the loss is, which
-    makes of both an average over all shares of masked positions. ``loss_at``: nats, a bound on
+    makes of both an average over all times. ``loss_at``: nats, a bound on
     those of the window; ``accuracy_at``: the most probable token is right.
     """
 
@@ -88,9 +100,9 @@ class DiffusionLoss(FramesLoss):
     def loss(self, params: Params, frozen: Params, batch, keys):
         """See ``training.DraftLoss``."""
         anchor_keys, mask_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        frames = self.drafter.config.frames
+        frames, passes = self.drafter.config.frames, self.drafter.config.passes
         anchors, labels, lengths = sample_anchors(anchor_keys, batch, self.anchors, frames)
-        windows, times = masked_windows(mask_keys, labels, lengths)
+        windows, times = masked_windows(mask_keys, labels, lengths, passes)
         hidden = self.hidden(params, frozen, batch, anchors, windows)
         whole = (hidden, windows == MASK, times, labels, lengths)
         hidden, masked, times, labels, lengths = (x.reshape(-1, *x.shape[2:]) for x in whole)
