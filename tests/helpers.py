@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctc_spec_jax import overlap
 from ctc_spec_jax.decode import Loop, NoDraft, decode
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
@@ -143,3 +144,27 @@ class OracleTree:
     def commit(self, params, state, context, output, acceptance):
         del params, context, output, acceptance
         return state
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleAhead:
+    """Works ahead of the target's verdict with a given text, ``draft_params`` int32 [B, S]."""
+
+    max_depth: int = 3
+    taps: tuple[int, ...] = ()
+
+    run_round = staticmethod(overlap.run_round)
+
+    @property
+    def num_nodes(self):
+        return self.max_depth + 1
+
+    def init(self, params, context, taps):
+        batch = context.length.shape[0]
+        return overlap.Overlapped((), overlap.nothing_pending(batch, self.max_depth, 0))
+
+    def ahead(self, params, cache, seen, request):
+        last = seen.length + seen.pending.count
+        index = last[:, None] + 1 + jnp.arange(self.max_depth, dtype=jnp.int32)[None]
+        tokens = jnp.take_along_axis(params, jnp.minimum(index, params.shape[1] - 1), axis=1)
+        return overlap.Chain(tokens, jnp.full_like(last, self.max_depth), None), cache
