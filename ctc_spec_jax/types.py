@@ -60,6 +60,7 @@ class DraftTree:
     valid: jax.Array  # bool [B, N]
     draft_logits: jax.Array | None = None  # float32 [B, N, V], law each node's children came from
     sampled: jax.Array | None = None  # bool [B, N], drawn from that law; None: all or none are
+    memo: Any = None  # arrays [B, ..] that the drafter's ``commit`` finds in ``context.tree``
 
 
 @pytree

@@ -129,7 +129,7 @@ def check_same(pool, slow: list[SlowPool]):
 def test_pool_drops_its_oldest_phrases():
     draw = np.random.default_rng(2)
     pool, slow = ngram.empty_pool(2, CONFIG), [SlowPool(3, 3), SlowPool(3, 3)]
-    insert = jax.jit(ngram._insert_all)
+    insert = jax.jit(ngram.insert_all)
     for _ in range(6):
         keys = draw.integers(0, 7, (2, 10)).astype(np.int32)
         phrases = draw.integers(0, 2, (2, 10, 2)).astype(np.int32)

@@ -191,6 +191,59 @@ def newest(pool: Pool, key, count: int):
     return pool.phrases[bucket][way], found > 0
 
 
+def forget(pool: Pool, key, phrase, wanted) -> Pool:
+    """Take one phrase out of the pool of one row where it is there; see ``insert``."""
+    bucket = key % pool.keys.shape[0]
+    known = (pool.keys[bucket] == key) & jnp.all(pool.phrases[bucket] == phrase[None], axis=1)
+    known &= wanted
+    keys = jnp.where(known, NO_TOKEN, pool.keys[bucket])
+    ages = jnp.where(known, 0, pool.ages[bucket])
+    return dataclasses.replace(
+        pool, keys=pool.keys.at[bucket].set(keys), ages=pool.ages.at[bucket].set(ages)
+    )
+
+
+def insert_all(pool: Pool, keys, phrases, wanted) -> Pool:
+    """Insert K phrases per row in order: keys [B, K], phrases [B, K, W], wanted [B, K]."""
+
+    def row(pool, keys, phrases, wanted):
+        def one(pool, entry):
+            return insert(pool, *entry), None
+
+        return jax.lax.scan(one, pool, (keys, phrases, wanted))[0]
+
+    return jax.vmap(row)(pool, keys, phrases, wanted)
+
+
+def runs(tree: DraftTree, best, width: int):
+    """What the target would write after every node of one row, as far as the draft tells.
+
+    Args:
+      tree: of one row.
+      best: int32 [N], the target's best token after every node.
+      width: W.
+
+    Returns:
+      int32 [N, W], and bool [N]: all W tokens are known and the node is a draft.
+    """
+    nodes = jnp.arange(best.shape[0], dtype=jnp.int32)
+    follows = (tree.parents[None] == nodes[:, None]) & (tree.tokens[None] == best[:, None])
+    follows &= tree.valid[None] & (nodes > ROOT)[None]  # [N, N], child of a node
+    child, some = jnp.argmax(follows, axis=1).astype(jnp.int32), jnp.any(follows, axis=1)
+    at, whole, run = nodes, tree.valid & (nodes > ROOT), [best]
+    for _ in range(width - 1):
+        whole, at = whole & some[at], child[at]
+        run.append(best[at])
+    return jnp.stack(run, axis=1), whole
+
+
+def insert_runs(pool: Pool, tree: DraftTree, output: TargetOutput, wanted) -> Pool:
+    """Insert what the target wrote after drafted tokens, see ``runs``, in rows ``wanted`` [B]."""
+    best, width = first_argmax(output.logits), pool.phrases.shape[-1]
+    phrases, whole = jax.vmap(lambda row, tokens: runs(row, tokens, width))(tree, best)
+    return insert_all(pool, tree.tokens, phrases, whole & wanted[:, None])
+
+
 @dataclasses.dataclass(frozen=True)
 class PhrasePool:
     """The ``Drafter`` that proposes the newest phrases after the pending token; state: a ``Pool``.
@@ -248,9 +301,7 @@ class PhrasePool:
         del params
         running = acceptance.length > 0
         if context.tree is not None:
-            best = first_argmax(output.logits)
-            runs, whole = jax.vmap(self._runs)(context.tree, best)
-            state = _insert_all(state, context.tree.tokens, runs, whole & running[:, None])
+            state = insert_runs(state, context.tree, output, running)
         index = jnp.arange(1, acceptance.path.shape[1] + 1, dtype=jnp.int32)
         ends = context.length[:, None] + index[None]
         new = (index[None] <= acceptance.length[:, None]) & (ends >= self.config.phrase)
@@ -261,27 +312,7 @@ class PhrasePool:
         back = jnp.arange(self.config.phrase, -1, -1, dtype=jnp.int32)
         place = jnp.clip(ends[..., None] - back[None, None], 0, tokens.shape[1] - 1)
         windows = jnp.take_along_axis(tokens[:, None], place, axis=2)  # [B, K, W+1]
-        return _insert_all(pool, windows[..., 0], windows[..., 1:], wanted)
-
-    def _runs(self, tree: DraftTree, best):
-        """What the target would write after every node of one row, as far as the draft tells.
-
-        Args:
-          tree: of one row.
-          best: int32 [N], the target's best token after every node.
-
-        Returns:
-          int32 [N, W], and bool [N]: all W tokens are known and the node is a draft.
-        """
-        nodes = jnp.arange(best.shape[0], dtype=jnp.int32)
-        follows = (tree.parents[None] == nodes[:, None]) & (tree.tokens[None] == best[:, None])
-        follows &= tree.valid[None] & (nodes > ROOT)[None]  # [N, N], child of a node
-        child, some = jnp.argmax(follows, axis=1).astype(jnp.int32), jnp.any(follows, axis=1)
-        at, whole, run = nodes, tree.valid & (nodes > ROOT), [best]
-        for _ in range(self.config.phrase - 1):
-            whole, at = whole & some[at], child[at]
-            run.append(best[at])
-        return jnp.stack(run, axis=1), whole
+        return insert_all(pool, windows[..., 0], windows[..., 1:], wanted)
 
     def _phrases(self, pool: Pool, pending):
         """Phrases int32 [R, M] and their lengths [R] of one row."""
@@ -293,15 +324,3 @@ class PhrasePool:
             phrases = jnp.concatenate([phrases, more[:, 0]], axis=1)
             lengths += jnp.where(there, self.config.phrase, 0)
         return phrases[:, : self.max_depth], jnp.minimum(lengths, self.max_depth)
-
-
-def _insert_all(pool: Pool, keys, phrases, wanted) -> Pool:
-    """Insert K phrases per row in order: keys [B, K], phrases [B, K, W], wanted [B, K]."""
-
-    def row(pool, keys, phrases, wanted):
-        def one(pool, entry):
-            return insert(pool, *entry), None
-
-        return jax.lax.scan(one, pool, (keys, phrases, wanted))[0]
-
-    return jax.vmap(row)(pool, keys, phrases, wanted)
