@@ -280,7 +280,10 @@ class Laws(Protocol):
 
 
 class Drafter(Protocol):
-    """A frozen dataclass that proposes trees."""
+    """A frozen dataclass that proposes trees.
+
+    One whose rounds take another course has a ``run_round`` of its own; see ``decode.round_of``.
+    """
 
     @property
     def max_depth(self) -> int:
