@@ -29,6 +29,7 @@ from ctc_spec_jax.draft.mlp_speculator import (
     mlp_speculator_config,
 )
 from ctc_spec_jax.draft.ngram import LookupConfig, PhrasePool, PoolConfig, PromptLookup
+from ctc_spec_jax.draft.ouroboros import ouroboros_drafter
 from ctc_spec_jax.draft.pearl import pearl_drafter
 from ctc_spec_jax.draft.sequential_loss import SequentialLoss
 from ctc_spec_jax.draft.small_lm import Best, Drawn, SmallLM
@@ -259,6 +260,7 @@ RECIPES: dict[str, Recipe] = {
         DecoderConfig, _small_lm_network, pearl_drafter, language_model=True, drawn="sampled"
     ),
     "gsd": Recipe(DecoderConfig, _small_lm_network, gsd_drafter, language_model=True),
+    "ouroboros": Recipe(DecoderConfig, _small_lm_network, ouroboros_drafter, language_model=True),
     "prompt_lookup": Recipe(
         LookupConfig,
         lambda target, shape: LookupConfig(target.width, target.vocab_size),
