@@ -6,6 +6,7 @@ chips would run, from shapes alone, and says what it needs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -167,11 +168,24 @@ def _compile(lowered):
     """A compiled program and its text."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        compiled = lowered.compile(compiler_options=options)
+        with _nothing_kept():
+            compiled = lowered.compile(compiler_options=options)
         # jaxlib cannot read all programs of a libtpu that is newer than itself; the compiler's own
         # text of the finished program holds the same estimates.
         (path,) = pathlib.Path(folder).glob("*.after_codegen.txt")
         return compiled, path.read_text()
+
+
+@contextlib.contextmanager
+def _nothing_kept():
+    """Keeps programs out of a persistent compilation cache: without chips none can be read back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def does_not_fit(what: str, needed: float, chip: int) -> str:

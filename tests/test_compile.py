@@ -10,6 +10,7 @@ import pytest
 from ctc_spec_jax import aot, folders, sharding
 from ctc_spec_jax.errors import InputError
 from infer import compile as program
+from train import compile as training
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="package libtpu is not installed"
@@ -78,6 +79,49 @@ def test_a_decode_for_chips(model, topology, mesh, parts, tmp_path, monkeypatch,
     weights = folders.abstract_target(model, jnp.bfloat16)[1]
     size = 2 * sum(x.size for x in jax.tree.leaves(weights))
     assert size / parts < result["programs"]["plain"]["memory"]["arguments"] < size / parts + 2e6
+
+
+@needs_libtpu
+def test_several_trees_beside_the_bound(model, tmp_path, monkeypatch):
+    """A column per size; the bound is the LM head and the layers read at the chip's bandwidth."""
+    path = tmp_path / "found.json"
+    given = arguments(model, "v6e:2x2", "tensor=4", json=path)
+    monkeypatch.setattr("sys.argv", [*given, "--tree-nodes", "4", "8", "--drafter-layers", "1"])
+    program.main()
+    (result,) = json.loads(path.read_text())["results"]
+    assert list(result["programs"]) == ["plain", "4 nodes", "8 nodes", "prefill"]
+    turns = [result["programs"][name]["loop"] for name in ("plain", "4 nodes", "8 nodes")]
+    assert all(turn["cycles"] > 0 for turn in turns)
+    read = folders.abstract_target(model, jnp.bfloat16)[1]
+    parts = sum(x.size for x in jax.tree.leaves(read)) - 1024 * 256
+    norms = 5 * 256 * 3 / 4  # not split
+    cycles = 2 * (parts / 4 + norms) / 1.64e12 * 1.75e9
+    assert result["weights_cycles"] == pytest.approx(cycles, rel=1e-3)
+    line = program.overview([result]).splitlines()[1]
+    assert line.count("/") == 3 * 2, line
+
+
+@needs_libtpu
+def test_a_training_step_for_chips(model, tmp_path, monkeypatch, capsys):
+    """The step of a config: its figures in the file, or one sentence where it does not fit."""
+    path = tmp_path / "found.json"
+    sizes = ["batch.rows=8", "batch.microbatch=4", "batch.length=64", "batch.anchors=4"]
+    shape = ["drafter.layers=1", "drafter.taps=[0,1]", "drafter.frames=4", "loss.labels=3"]
+    fields = [*sizes, *shape, "mesh.data=1", "mesh.fsdp=-1", "batch.remat=true"]
+    command = ["train.compile", "--topology=v5e:2x2", "--config=configs/drafter.yaml"]
+    monkeypatch.setattr("sys.argv", [*command, f"--model={model}", f"--json={path}", *fields])
+    with jax.numpy_dtype_promotion("standard"):  # optax does arithmetic across types
+        training.main()
+    assert "a micro-batch" in capsys.readouterr().out
+    (result,) = json.loads(path.read_text())["results"]
+    assert result["programs"]["step"]["loop"]["cycles"] > 1000
+    assert "drafter" in training.overview([result])
+    monkeypatch.setattr(aot, "HBM", {"v5e": 0})
+    monkeypatch.setattr("sys.argv", [*command, f"--model={model}", *fields])
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
+        training.main()
+    assert ended.value.code == 2
+    assert "training step of 8 rows on v5e:2x2: expected at most" in capsys.readouterr().err
 
 
 @needs_libtpu
