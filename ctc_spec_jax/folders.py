@@ -247,6 +247,11 @@ def _network(network_class, description: dict[str, Any], path: pathlib.Path):
         for field in dataclasses.fields(network_class)
     }
     del kinds["taps"]
+    # Switches came later than some folders, which are as if these were off.
+    switches = {
+        field.name: False for field in dataclasses.fields(network_class) if field.default is False
+    }
+    description = switches | description
     other = {"target_layer_ids": list, "tree_depth": int, "tokenizer_sha256": str}
     for key, kind in (kinds | other).items():
         value = description.get(key)

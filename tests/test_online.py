@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,9 +90,10 @@ HEAD = optax.multi_transform(
 """Plain gradient descent on the head alone."""
 
 
-def school_of(engine: Engine, every: int = EVERY, keep: int = EVERY, **weights) -> School:
-    loss = Loss(**{"cross_entropy": 0.0, "forward_kl": 1.0, "chunk": 64, **weights})
-    return School(engine, SmallLMLoss(LM, engine.drafter, loss, 0), HEAD, every, keep, 24)
+def school_of(engine: Engine, every: int = EVERY, keep: int = EVERY) -> School:
+    drafter: Any = engine.drafter
+    loss = Loss(cross_entropy=0.0, forward_kl=1.0, chunk=64)
+    return School(engine, SmallLMLoss(LM, drafter, loss, 0), HEAD, every, keep, 24)
 
 
 def answer_of(start: int, tokens: int = NEW) -> list[int]:
@@ -263,7 +265,7 @@ def test_law_of_samples_while_the_drafter_learns(kind):
 
     One chi-square test at 1e-5 is its false alarm. The planted fault is found.
     """
-    drafter = kind(LM, (1, 1), Drawn())
+    drafter = kind(LM, (1,), Drawn())
     engine = dataclasses.replace(engine_of(START, drafter, Rejection()), params=table_params(SOFT))
     student = Student(school_of(engine, every=1, keep=1))
     counts, tables = np.zeros((V, V)), []

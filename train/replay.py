@@ -10,7 +10,8 @@ Shape letters: R rows of the ring, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def row_of(prompt: Sequence[int], answer: Generation, length: int) -> dict[str, 
     return row | {"lengths": np.asarray(size, np.int32)}
 
 
-def store(replay: Replay, row: dict[str, jax.Array]) -> Replay:
+def store(replay: Replay, row: Mapping[str, Any]) -> Replay:
     """The ring with a row of ``row_of`` in place of its oldest one."""
     place = replay.written % replay.lengths.shape[0]
     stored = {name: getattr(replay, name).at[place].set(value) for name, value in row.items()}
