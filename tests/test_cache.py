@@ -8,6 +8,8 @@ import pytest
 
 from ctc_spec_jax.decode import Loop, NoDraft, advance, start
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
+from ctc_spec_jax.draft.gsd import GSD
+from ctc_spec_jax.draft.ouroboros import Ouroboros
 from ctc_spec_jax.draft.pearl import AheadLM
 from ctc_spec_jax.draft.small_lm import Drawn, SmallLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
@@ -83,7 +85,7 @@ def test_drafter_cache_audit():
                 )
 
 
-@pytest.mark.parametrize("method", ["plain", "ctc", "small_lm", "pearl"])
+@pytest.mark.parametrize("method", ["plain", "ctc", "small_lm", "pearl", "gsd", "ouroboros"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_no_step_copies_a_cache(batch, method):
     """The compiled loop holds no copy of the shape of a cache, and the donated state is reused."""
@@ -94,11 +96,15 @@ def test_no_step_copies_a_cache(batch, method):
             ctc_config(lm.config, frames=5, taps=(0, 1)), PrefixTree(6, 3, top_k=4)
         )
         draft_params = drafter.init_params(jax.random.key(0))
-    if method == "small_lm":
-        drafter = SmallLM(tiny_target(num_layers=1)[0], (1, 1, 1))
-        draft_params = drafter.init_params(jax.random.key(0))
-    if method == "pearl":
-        drafter = AheadLM(tiny_target(num_layers=1)[0], 3, Drawn())
+    small = tiny_target(num_layers=1)[0]
+    of_language_models = {
+        "small_lm": SmallLM(small, (1, 1, 1)),
+        "pearl": AheadLM(small, 3, Drawn()),
+        "gsd": GSD(small, 6, 3, 3),
+        "ouroboros": Ouroboros(small, 2, 1, 2, width=1, ways=2),
+    }
+    if method in of_language_models:
+        drafter = of_language_models[method]
         draft_params = drafter.init_params(jax.random.key(0))
     prompts, lengths = ragged_prompts(3, (6, 3, 8)[:batch])
     # Caches far larger than everything else, so that one copy of them would show in the memory.
@@ -110,10 +116,10 @@ def test_no_step_copies_a_cache(batch, method):
     caches = jax.tree.leaves(state.cache) + jax.tree.leaves(state.drafter)
     caches = [leaf for leaf in caches if leaf.ndim == 4]
     text = compiled.as_text()
-    for shape in {leaf.shape for leaf in caches}:
-        dims = ",".join(map(str, shape))
-        assert f"f32[{dims}]" in text
-        assert not re.findall(rf"= f32\[{dims}\]\{{[^}}]*\}} copy\(", text)
+    for kind, shape in {(str(leaf.dtype), leaf.shape) for leaf in caches}:
+        array = f"{kind[0].replace('i', 's')}32[{','.join(map(str, shape))}]"
+        assert array in text
+        assert not re.findall(rf"= {re.escape(array)}\{{[^}}]*\}} copy\(", text)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in caches)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size
