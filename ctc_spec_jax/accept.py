@@ -221,9 +221,7 @@ def blank_record(batch: int, size: int, top: int | None) -> Record:
     if top == 0:
         return record
     ids = jnp.zeros((batch, size, top), jnp.int32)
-    return dataclasses.replace(
-        record, top_ids=ids, top_logprobs=jnp.zeros(ids.shape, jnp.float32)
-    )
+    return dataclasses.replace(record, top_ids=ids, top_logprobs=jnp.zeros(ids.shape, jnp.float32))
 
 
 def known_prompt(sampling: Sampling, tokens, prompt_lengths, vocab_size: int) -> KnownTokens:
