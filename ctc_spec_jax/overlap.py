@@ -1,8 +1,8 @@
 """A round in which draft and target work at the same time: PEARL's schedule.
 
-Liu et al. 2024, arXiv 2408.11850 (ICLR 2025), section 4. A round starts from the root, the pending
-token, and m *pending drafts* d_1..d_m behind it: m = 0 after a refusal (pre-verify), else g-1
-(post-verify). At once
+Liu et al. 2024, arXiv 2408.11850 (ICLR 2025), the strategies pre-verify and post-verify. A round
+starts from the root, the pending token, and m *pending drafts* d_1..d_m behind it: m = 0 after a
+refusal (pre-verify), else g-1 (post-verify). At once
 
 - the small model drafts g tokens y_0..y_{g-1} after d_m,
 - the target scores root, d_1..d_m.
