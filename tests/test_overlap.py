@@ -238,10 +238,12 @@ def drafter_params(quality: str):
     if quality == "never":
         return {**params, "head": -params["head"]}  # the least likely token
     noise, draw = {"often": 0.2, "seldom": 0.8}[quality], np.random.default_rng(3)
-    factors = jax.tree.map(lambda x: 1 + noise * draw.normal(size=x.shape), params)
-    return jax.tree.map(
-        lambda x, factor: (x * factor).astype(np.float32), jax.device_get(params), factors
-    )
+
+    def noisy(x):
+        factor = 1 + noise * draw.normal(size=x.shape)
+        return jnp.asarray((np.asarray(x) * factor).astype(np.float32))
+
+    return jax.tree.map(noisy, params)
 
 
 LOOP = Loop(target()[0], AheadLM(target()[0], DEPTH, Drawn()), Rejection(), CAPACITY)
