@@ -23,7 +23,9 @@ import pytest
 from ctc_spec_jax import cli, demo, folders
 from ctc_spec_jax.decode import NoDraft
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
+from ctc_spec_jax.draft.gsd import GSD
 from ctc_spec_jax.draft.ngram import PromptLookup
+from ctc_spec_jax.draft.ouroboros import Ouroboros
 from ctc_spec_jax.draft.small_lm import SmallLM
 from ctc_spec_jax.engine import Engine, Generation
 from ctc_spec_jax.errors import InputError
@@ -350,6 +352,8 @@ def test_methods_that_do_not_fit(program, arguments, pattern, pair, sentence):
         (("--method", "prompt_lookup"), PromptLookup),
         (("--drafter", "{target}"), SmallLM),
         (("--drafter", "{target}", "--method", "small_lm"), SmallLM),
+        (("--drafter", "{target}", "--method", "gsd", "--tree", "token"), GSD),
+        (("--drafter", "{target}", "--method", "ouroboros"), Ouroboros),
         (("--drafter", "{drafter}", "--method", "ctc"), CTCDrafter),
     ],
 )
