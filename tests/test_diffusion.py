@@ -30,7 +30,7 @@ from ctc_spec_jax.draft.denoising import (
     by_chance,
     copied,
     denoise,
-    most_confident,
+    from_left,
 )
 from ctc_spec_jax.draft.diffusion_loss import (
     EPSILON,
@@ -80,7 +80,7 @@ def windows_before_the_last_pass(vocab: int, passes: int):
     choices = np.asarray(each, np.int32).reshape(len(each), steps, 2, 2)
     drawn, shown = jnp.asarray(choices[..., 0]), jnp.asarray(choices[..., 1] > 0)
     start, prob = jnp.full((len(choices), 2), MASK, jnp.int32), np.ones(len(choices))
-    given = laws, lambda i, logits: drawn[:, i], lambda i, tokens, logits: shown[:, i], start
+    given = laws, lambda i, logits: drawn[:, i], lambda i: shown[:, i], start
     tokens, seen = denoise(*given, vocab, 0)
     for step in range(steps):
         tokens, seen = denoise(*given, vocab, step + 1)
@@ -147,8 +147,7 @@ def test_laws_from_left_to_right_are_exact(vocab):
     with jax.enable_x64(True):
         tokens = jnp.full((vocab, 2), MASK, jnp.int32)
         say = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32)[:, None], (vocab, 2))
-        place = jnp.arange(2, dtype=jnp.int32)[None]
-        given = laws_of(table(vocab)), lambda i, _: say, lambda i, *_: place == i, tokens
+        given = laws_of(table(vocab)), lambda i, _: say, from_left(2, 2, 2), tokens
         law = softmax(np.asarray(denoise(*given, vocab, 2)[1]))
     q = prefix_table(law[0, 0], lambda a: law[a, 1], vocab)
     assert total_variation(vocab, [(1.0, q, None)]) < 1e-12
@@ -217,6 +216,21 @@ def test_left_to_right_drafts_state_their_laws():
     assert sampling.p_value(counts, first[:, None] * second) > 1e-5
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_best_paths_follow_their_passes(passes):
+    """The second position is judged given the best first token, if there is a pass for it."""
+    tree = drafts(BestPaths(5, 2, passes), 3, rows=1)
+    first = softmax(table(3)[MASK, MASK, 0])
+    second = softmax(table(3)[first.argmax() if passes == 2 else MASK, MASK, 1])
+    scores = {(a,): first[a] for a in range(3)}
+    scores |= {(a, b): first[a] * second[b] for a in range(3) for b in range(3)}
+    found, paths = {0: ()}, np.asarray([tree.tokens[0], tree.parents[0]])
+    for node in range(1, 5):
+        found[node] = (*found[int(paths[1, node])], int(paths[0, node]))
+    assert tree.draft_logits is None and tree.valid.all()
+    assert set(found.values()) == {(), *sorted(scores, key=scores.get)[-4:]}
+
+
 def test_siblings_share_the_marginals():
     """Two chains below one root: first tokens without replacement, second ones independent."""
     tree = drafts(Conditional(2, 2, 1), 3)
@@ -255,7 +269,7 @@ def test_what_a_window_says_stays():
     said = jnp.asarray(draw.integers(0, 7, (3, 64, 5)), jnp.int32)
     shown = jnp.asarray(draw.random((3, 64, 5)) < 0.4).at[2].set(True)
     start = jnp.full((64, 5), MASK, jnp.int32)
-    given = lambda _: logits, lambda i, _: said[i], lambda i, *_: shown[i], start, 7
+    given = lambda _: logits, lambda i, _: said[i], lambda i: shown[i], start, 7
     windows = [np.asarray(denoise(*given, passes)[0]) for passes in range(4)]
     assert (windows[0] == MASK).all() and (windows[3] != MASK).all()
     for before, after in itertools.pairwise(windows):
@@ -270,25 +284,18 @@ def test_what_a_window_says_stays():
 
 
 def test_how_much_is_shown():
-    """By chance (t - s)/t of what is masked; the most confident equal parts in greedy rows."""
-    rows, frames, passes = 4000, 5, 3
-    logits = jax.random.normal(jax.random.key(1), (rows, frames, 7))
+    """By chance (t - s)/t of what is masked; equal parts of the draft from the left if greedy."""
+    rows, frames, depth, passes = 4000, 6, 5, 3
     greedy = jnp.arange(rows) < 10
     keys = jax.random.split(jax.random.key(2), rows)
-    shows = by_chance(keys, passes, greedy)
-    tokens = jnp.full((rows, frames), MASK, jnp.int32)
-    peak = np.asarray(jax.nn.softmax(logits, axis=-1)).max(-1)
+    shows = jax.jit(by_chance(keys, frames, depth, passes, greedy))
+    known = np.zeros((rows, frames), bool)
     for index in range(passes):
-        shown = shows(jnp.int32(index), tokens, logits)
-        certain = most_confident(passes)(jnp.int32(index), tokens, logits)
-        np.testing.assert_array_equal(np.asarray(shown)[:10], np.asarray(certain)[:10])
-        tokens = jnp.where((tokens == MASK) & shown, 0, tokens)
-        known = np.asarray(tokens) == 0
+        known |= np.asarray(shows(jnp.int32(index)))
         share = (index + 1) / passes
-        assert abs(known[10:].mean() - share) <= 5 * np.sqrt(share * (1 - share) / (rows * frames))
-        count = frames * (index + 1) // passes
-        for row in range(10):
-            assert set(np.flatnonzero(known[row])) == set(np.argsort(-peak[row])[:count])
+        spread = np.sqrt(share * (1 - share) / (rows * frames))
+        assert abs(known[10:].mean() - share) <= 5 * spread
+        assert (known[:10] == (np.arange(frames) < depth * (index + 1) // passes)).all()
 
 
 # Training.

@@ -8,10 +8,10 @@ Exact are one pass, whose laws do not depend on each other; the last of several 
 was revealed before counts as given; and passes from left to right.
 
 Differences from SpecDiff (arXiv 2408.05636), which says no more than that the drafter's
-distributions are verified: the exact laws; a tree in the place of a chain where nothing is drawn;
-siblings (as in SpecDiff-2, arXiv 2511.00606, which draws them with replacement). From MDLM (arXiv
-2406.07524): tokens are drawn from laws processed like the target's, and the last pass draws where
-its sampler takes the best.
+distributions are verified: the exact laws; where nothing is drawn, passes from the left and a tree
+in the place of a chain; siblings (as in SpecDiff-2, arXiv 2511.00606, which draws them with
+replacement). From MDLM (arXiv 2406.07524): tokens are drawn from laws processed like the target's,
+and the last pass draws where its sampler takes the best.
 
 Shape letters: B batch, F positions of the window, T passes, N tree nodes, M max depth,
 V vocabulary.
@@ -61,7 +61,7 @@ def denoise(laws: Laws, say, shows, tokens, vocab_size: int, passes: int) -> tup
     Args:
       laws: one pass.
       say: (pass, logits [B, F, V]) -> tokens int32 [B, F] that masked positions would say.
-      shows: (pass, window, logits) -> bool [B, F], masked positions that say it from then on.
+      shows: pass -> bool [B, F] or [1, F], positions that from then on say it if they are masked.
       tokens: int32 [B, F], window to begin with.
       vocab_size: V.
       passes: how many.
@@ -78,45 +78,40 @@ def denoise(laws: Laws, say, shows, tokens, vocab_size: int, passes: int) -> tup
     def one(index, carry):
         tokens, seen = carry
         seen = jnp.where(tokens[..., None] == MASK, laws(tokens), seen)
-        shown = shows(index, tokens, seen)
-        return reveal(tokens, say(index, seen), shown), seen
+        return reveal(tokens, say(index, seen), shows(index)), seen
 
     return lax.fori_loop(0, passes, one, (tokens, jnp.zeros(shape, dtype)))
 
 
-def most_confident(passes: int):
-    """Shows an equal part of the window in every one of T passes, the most probable tokens first.
+def from_left(frames: int, depth: int, passes: int):
+    """Shows the first ``depth`` of F positions in T passes, equal parts from the left.
 
-    (The order of MaskGIT, arXiv 2202.04200, where MDLM takes chance.)
+    A draft is worth no more than its beginning. The order of confidence, which most samplers take,
+    lets tokens that are far ahead, and often wrong, bear on the first one.
     """
+    place = np.arange(frames, dtype=np.int32)[None]
 
-    def shows(index, tokens, logits):
-        peak = jnp.max(jax.nn.log_softmax(logits, axis=-1), axis=-1)
-        peak = jnp.where(tokens == MASK, peak, jnp.inf)  # what is known comes first
-        place = np.arange(tokens.shape[1])
-        above = peak[:, None, :] > peak[:, :, None]
-        level = (peak[:, None, :] == peak[:, :, None]) & (place[None, :] < place[:, None])[None]
-        rank = jnp.sum(above | level, axis=-1, dtype=jnp.int32)
-        return rank < lax.div(tokens.shape[1] * (index + 1), passes)
+    def shows(index):
+        return place < lax.div(depth * (index + 1), passes)
 
     return shows
 
 
-def by_chance(keys, passes: int, greedy):
-    """Shows every masked position with the chance of a reverse step from t to t - 1/T, on its own.
+def by_chance(keys, frames: int, depth: int, passes: int, greedy):
+    """Shows every position with the chance of a reverse step from t to t - 1/T, on its own.
 
-    From t = 1 - i/T that is (t - s)/t = 1/(T - i). Greedy rows are shown the most confident ones.
-    ``keys`` [B] are consumed.
+    From t = 1 - i/T that is (t - s)/t = 1/(T - i). Greedy rows go ``from_left``. ``keys`` [B] are
+    consumed.
     """
-    certain = most_confident(passes)
+    ordered = from_left(frames, depth, passes)
 
-    def shows(index, tokens, logits):
+    def shows(index):
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-        uniform = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(own)
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (frames,)))(own)
         chance = 1.0 / (passes - index).astype(jnp.float32)
-        return jnp.where(greedy[:, None], certain(index, tokens, logits), uniform < chance)
+        return jnp.where(greedy[:, None], ordered(index), uniform < chance)
 
-    return certain if greedy is None else shows
+    return ordered if greedy is None else shows
 
 
 def _best(index, logits):
@@ -180,7 +175,7 @@ class WindowTree(Protocol):
 class BestPaths:
     """The likeliest paths, fixed before the target speaks. Exact by ``Greedy`` or ``TargetSample``.
 
-    All passes but the last reveal their best tokens; the tree is that of the most probable paths
+    Every pass reveals its best tokens, from the left; the tree is that of the most probable paths
     under the product of the laws under which positions were revealed.
     """
 
@@ -193,8 +188,9 @@ class BestPaths:
         """See ``WindowTree``."""
         del keys
         frames, vocab = shape
+        shows = from_left(frames, self.max_depth, self.passes)
         given = _masked(context, frames), vocab, self.passes
-        _, seen = denoise(laws, _best, most_confident(self.passes), *given)
+        _, seen = denoise(laws, _best, shows, *given)
         log_probs = jax.nn.log_softmax(seen, axis=-1)
 
         def row(log_probs, pending):
@@ -228,7 +224,8 @@ class Conditional:
         frames, vocab = shape
         greedy, laws = _greedy(context.request), _processed(laws, context.request)
         say_keys, show_keys, last_keys = _split(keys, 3)
-        say, shows = drawn_by(say_keys, greedy), by_chance(show_keys, self.passes, greedy)
+        say = drawn_by(say_keys, greedy)
+        shows = by_chance(show_keys, frames, self.max_depth, self.passes, greedy)
         tokens, _ = denoise(laws, say, shows, _masked(context, frames), vocab, self.passes - 1)
         law = Law(copied(laws(tokens), tokens), greedy)
         return drawn_tree(last_keys, law, context.pending, self.branches, self.max_depth)
@@ -252,15 +249,10 @@ class LeftToRight:
     def draft(self, laws: Laws, shape: tuple[int, int], context: DraftContext, keys) -> DraftTree:
         """See ``WindowTree``."""
         frames, vocab = shape
-        place = jnp.arange(frames, dtype=jnp.int32)[None]
-
-        def shows(index, tokens, logits):
-            return place == index
-
         tokens, seen = denoise(
             _processed(laws, context.request),
             drawn_by(keys, _greedy(context.request)),
-            shows,
+            from_left(frames, self.max_depth, self.max_depth),
             _masked(context, frames),
             vocab,
             self.max_depth,
