@@ -20,6 +20,7 @@ import pytest
 
 from ctc_spec_jax import folders
 from ctc_spec_jax.draft import small_lm_loss
+from ctc_spec_jax.draft.anchors import sample_anchors
 from ctc_spec_jax.draft.small_lm import Best, Drawn, SmallLM
 from ctc_spec_jax.draft.small_lm_loss import SmallLMLoss
 from ctc_spec_jax.draft.training import Loss
@@ -74,7 +75,12 @@ def successor() -> np.ndarray:
 
 @functools.cache
 def target():
-    return table_params(6.0 * np.eye(V)[successor()])
+    return table_params(perfect())
+
+
+def perfect() -> np.ndarray:
+    """The target's table."""
+    return 6.0 * np.eye(V)[successor()]
 
 
 def engine_of(table, drafter=None, verifier=None) -> Engine:
@@ -167,8 +173,8 @@ def test_only_corrections_are_stored_as_wrong():
     begins = [int(ends[r] - answer.emitted[r]) for r in rounds]
     assert np.flatnonzero(row["roots"]).tolist() == begins  # the token before a round's first
     assert row["trained"].tolist() == [False] + [True] * NEW + [False] * (23 - NEW)
-    perfect = first_answer(6.0 * np.eye(V)[successor()])
-    assert not any(perfect.refused) and perfect.rounds == NEW // 4
+    right = first_answer(perfect())
+    assert not any(right.refused) and right.rounds == NEW // 4
 
 
 def test_ring_wraps():
@@ -204,6 +210,20 @@ def test_ring_wraps():
         assert batch["segments"][0, place].tolist() == [1] * size + [0] * (8 - size)
         assert batch["refused"][0, place].sum() == (number % 2 == 0)
     assert "refused" not in replay.batch_of(ring, True)
+
+
+def test_anchors_lie_at_roots_of_failed_drafts():
+    """Methods that learn whole drafts learn those that failed; rows without one learn nothing."""
+    rows = [replay.row_of([9], first_answer(table), 24) for table in (wrong_once(), perfect())]
+    ring = functools.reduce(replay.store, rows, replay.empty(2, 24))
+    batch = jax.tree.map(lambda x: x[0], replay.batch_of(ring, False))
+    keys = jax.random.split(jax.random.key(0), 2)
+    anchors, labels, counts = map(np.asarray, sample_anchors(keys, batch, 5, 3))
+    roots = np.flatnonzero(rows[0]["roots"])
+    assert set(anchors[0]) == set(roots) and (counts[0] > 0).all() and not counts[1].any()
+    for place, said, count in zip(anchors[0], labels[0], counts[0], strict=True):
+        after = rows[0]["tokens"][place + 1 : place + 1 + count]
+        assert count == min(3, NEW - place) and said[:count].tolist() == after.tolist()
 
 
 def windows(service, stream) -> list[float]:

@@ -239,22 +239,27 @@ def test_other_measures_are_not_the_acceptance():
     tries = batch["trained"].sum()
     answers = (batch["segments"] > 0).sum() - sum([3, 5, 4] * 200)
     assert answers > 1.05 * tries, "some rounds ended in a bonus token"
-    law = [
-        jax.jit(
-            lambda p, t, lm=lm: jax.nn.softmax(
-                output_logits(p, lm.hidden(p, t, jnp.full((600,), t.shape[1], jnp.int32))[0])
-                / TEMPERATURE
-            )
-        )(params, batch["tokens"])
+    at = np.where(batch["trained"][:, 1:])
+    logits = [
+        np.asarray(jax.jit(functools.partial(all_logits, lm))(params, batch["tokens"]))[at]
         for lm, params in (target(), small())
     ]
-    at = np.where(batch["trained"][:, 1:])
-    p, q = (np.asarray(x)[at] for x in law)
-    overlap = np.minimum(p, q).sum(-1).mean()
-    # E of min(p(x), q(x)) over x ~ q, the measure of a release.
-    released = (q * np.minimum(p, q)).sum(-1).mean()
-    assert abs(overlap - found["acceptance"]) < 5 * found["acceptance_error"]
-    assert abs(released - found["acceptance"]) > 20 * found["acceptance_error"]
+
+    def overlap(temperature: float):
+        p, q = (np.asarray(jax.nn.softmax(x / temperature)) for x in logits)
+        # The second is the mean over x ~ q of min(p(x), q(x)), the measure of a release.
+        return np.minimum(p, q).sum(-1).mean(), (q * np.minimum(p, q)).sum(-1).mean()
+
+    measured, error = found["acceptance"], found["acceptance_error"]
+    right, released = overlap(TEMPERATURE)
+    assert abs(right - measured) < 5 * error
+    assert abs(released - measured) > 20 * error
+    assert abs(overlap(0.01)[0] - measured) > 10 * error
+
+
+def all_logits(lm, params, tokens):
+    hidden = lm.hidden(params, tokens, jnp.full((len(tokens),), tokens.shape[1], jnp.int32))[0]
+    return output_logits(params, hidden)
 
 
 CONFIG = """
