@@ -189,7 +189,12 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--prompts", nargs="+", metavar="FILE", help="JSONL files in the format of Spec-Bench")
     add("--limit", type=int, help="questions taken of each file, its categories in turns")
-    add("--methods", default="all", help="names with commas between them, or all that can run")
+    add(
+        "--methods",
+        default="all",
+        help="names with commas between them, such as a,b or b:tree, the name of a way to build "
+        "trees behind it; or all that can run",
+    )
     add("--temperature", type=float, nargs="+", default=[0.0], help="0 is greedy")
     add("--batch", type=int, nargs="+", default=[1], help="questions decoded at a time")
     add("--max-new-tokens", type=int, default=128)

@@ -22,7 +22,11 @@ _DEPTH = 8
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method of ``recipes``, or ``PLAIN``; ``folder`` is None where it has no parameters."""
+    """A method of ``recipes``, or ``PLAIN``.
+
+    ``name`` is that of the recipe, a colon and the way to build trees behind it unless it is the
+    default one. ``folder`` is None where there are no parameters.
+    """
 
     name: str
     folder: str | None = None
@@ -31,9 +35,10 @@ class Method:
         """The target of ``engine`` with this method's drafter; see ``Engine.with_drafter``."""
         if self.name == PLAIN:
             return engine.plain()
+        name, _, tree = self.name.partition(":")
         if self.folder is None:
-            return engine.with_method(self.name, nodes, _DEPTH)
-        return engine.with_drafter(self.folder, nodes, dtype, method=self.name)
+            return engine.with_method(name, nodes, _DEPTH, tree)
+        return engine.with_drafter(self.folder, nodes, dtype, tree, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,7 @@ def choose(
 
     Args:
       engine: of the target.
-      names: ``all``, or names of ``recipes`` with commas between them.
+      names: ``all``, or names of ``Method`` with commas between them.
       folders: of trained drafters.
 
     Raises:
@@ -104,12 +109,13 @@ def choose(
     for name in dict.fromkeys(wanted):
         if name == PLAIN:
             continue
-        recipes.find(name)
-        if name in trained:
-            chosen.append(Method(name, trained[name]))
+        method = name.partition(":")[0]
+        recipes.find(method)
+        if method in trained:
+            chosen.append(Method(name, trained[method]))
             continue
         try:
-            engine.with_method(name, 2, 1)
+            engine.with_method(method, 2, 1)
             chosen.append(Method(name))
         except InputError as error:
             reason = "needs the folder of a drafter (--drafters), and none was given"

@@ -151,7 +151,7 @@ def load_torch() -> Any:
         return importlib.import_module("torch")
     except ImportError as error:
         raise InputError(
-            "--peers: expected torch to be installed (pip install torch), found none"
+            "--peers: expected torch to be installed (pip install -e '.[peers]'), found none"
         ) from error
 
 

@@ -24,7 +24,7 @@ def require() -> None:
         importlib.import_module("matplotlib")
     except ImportError as error:
         raise InputError(
-            "--report: expected matplotlib to be installed (pip install matplotlib), found none"
+            "--report: expected matplotlib to be installed (pip install -e '.[report]'), found none"
         ) from error
 
 
@@ -77,7 +77,7 @@ def by_position(rows: Rows) -> str:
         for index, row in enumerate(rows):
             kept = row["accepted_by_position"]
             places = range(1, len(kept) + 1)
-            if len(kept):
+            if any(kept):
                 axes.plot(places, kept, marker="o", color=_colour(index), label=row["method"])
     return found[0]
 

@@ -215,7 +215,7 @@ def _details(rows: Sequence[dict[str, Any]]) -> list[Block]:
         table = [(*row, *[""] * (depth + 1 - len(row))) for row in table]
         heading = "Accepted length by position"
         said = "Share of rounds that keep the drafted token of each depth, loops included."
-        found.append(Block(heading, said, [header, *table], plots.by_position(drafts)))
+        found.append(Block(heading, said, [header, *table], plots.by_position(mine)))
     names = list(dict.fromkeys(name for row in mine for name in row["categories"]))
     parts = [[row["categories"].get(name) for name in names] for row in mine]
     header = ("method", *names)

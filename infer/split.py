@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ctc_spec_jax import logits as processing
 from ctc_spec_jax import xla
+from ctc_spec_jax.decode import Loop
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.tree import topology
 from ctc_spec_jax.types import (
@@ -68,7 +69,12 @@ def _propose(loop, params, draft_params, state: DecodeState, request: Request, z
     keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, index)
     context = DraftContext(params, state.tokens, state.length + zero, state.cache, request)
     tree = loop.drafter.propose(draft_params, state.drafter, context, keys)
-    return dataclasses.replace(tree, draft_logits=None)
+    return tree if _states_law(loop.drafter) else dataclasses.replace(tree, draft_logits=None)
+
+
+def _states_law(drafter: Drafter) -> bool:
+    """Whether the rule needs the law; where it does not, the program of a round leaves it out."""
+    return getattr(drafter, "states_law", False)
 
 
 def _proposals(loop, params, draft_params, state: DecodeState, request: Request):
@@ -122,11 +128,14 @@ def _timer(function: Callable, *arguments: Any) -> Callable[[], float]:
     return run
 
 
-def _chain(drafter: Drafter, state: DecodeState) -> DraftTree:
-    batch, nodes = len(state.length), drafter.max_depth + 1
-    parents = jnp.arange(nodes, dtype=jnp.int32) + NO_PARENT
-    zeros = jnp.zeros((batch, nodes), jnp.int32)
-    return DraftTree(zeros, zeros + parents[None], jnp.ones((batch, nodes), bool))
+def _chain(loop: Loop, state: DecodeState) -> DraftTree:
+    shape = (len(state.length), loop.drafter.max_depth + 1)
+    zeros = jnp.zeros(shape, jnp.int32)
+    parents = zeros + jnp.arange(shape[1], dtype=jnp.int32)[None] + NO_PARENT
+    law = None
+    if _states_law(loop.drafter):
+        law = jnp.zeros((*shape, loop.target.vocab_size), jnp.float32)
+    return DraftTree(zeros, parents, jnp.ones(shape, bool), law)
 
 
 def time_split(
@@ -154,7 +163,7 @@ def time_split(
     loop, params, state, request = round_state(engine, batch, fields)
     drafter, inputs = engine.drafter, (loop, *params, state, request)
     own_round = hasattr(drafter, "run_round")
-    tree = _chain(drafter, state) if own_round else xla.jitted(_propose)(*inputs)
+    tree = _chain(loop, state) if own_round else xla.jitted(_propose)(*inputs)
     given = dataclasses.replace(
         engine,
         drafter=_GivenTree(drafter.max_depth, tree.tokens.shape[1], drafter.taps),
