@@ -67,6 +67,8 @@ def drafter_of(config: TrainConfig, lm: DecoderLM):
 class DrafterObjective:
     """The loss of a method over random anchors of the target's answers."""
 
+    stops: tuple[int, ...] = ()
+
     def __init__(self, config: TrainConfig, mesh: Mesh):
         self.config, self.mesh, self.dtype = config, mesh, DTYPES[config.dtype]
         self.lm, self.frozen, self.tokenizer = folders.load_target(
