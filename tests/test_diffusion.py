@@ -222,13 +222,14 @@ def test_best_paths_follow_their_passes(passes):
     tree = drafts(BestPaths(5, 2, passes), 3, rows=1)
     first = softmax(table(3)[MASK, MASK, 0])
     second = softmax(table(3)[first.argmax() if passes == 2 else MASK, MASK, 1])
-    scores = {(a,): first[a] for a in range(3)}
-    scores |= {(a, b): first[a] * second[b] for a in range(3) for b in range(3)}
-    found, paths = {0: ()}, np.asarray([tree.tokens[0], tree.parents[0]])
+    scores = {str([a]): first[a] for a in range(3)}
+    scores |= {str([a, b]): first[a] * second[b] for a in range(3) for b in range(3)}
+    found, paths = {0: []}, np.asarray([tree.tokens[0], tree.parents[0]])
     for node in range(1, 5):
-        found[node] = (*found[int(paths[1, node])], int(paths[0, node]))
+        found[node] = [*found[int(paths[1, node])], int(paths[0, node])]
     assert tree.draft_logits is None and tree.valid.all()
-    assert set(found.values()) == {(), *sorted(scores, key=scores.get)[-4:]}
+    best = sorted(scores, key=lambda path: scores[path])[-4:]
+    assert {str(path) for path in found.values()} == {"[]", *best}
 
 
 def test_siblings_share_the_marginals():
