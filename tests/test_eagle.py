@@ -68,7 +68,7 @@ def found():
     def program(params, draft_params, tokens):
         _, taps, kv = lm.hidden(params, tokens, LENGTHS, exact.taps)
         known = jnp.pad(tokens, ((0, 0), (0, DEPTH + 1)))
-        context = DraftContext(params, known, LENGTHS, None, make_request(3, 1))
+        context = DraftContext(params, known, jnp.asarray(LENGTHS), None, make_request(3, 1))
         state = exact.init(draft_params, context, taps)
         # No keys and no cache of the target: there is nothing to draw or to peek at.
         trees = {name: d.propose(draft_params, state, context, None) for name, d in every.items()}
@@ -132,7 +132,7 @@ def test_static_tree_is_that_of_its_ranks(found):
     template = default_template(NODES, DEPTH)
     assert trees["static"].valid.all()
     for row, of in enumerate(rows):
-        paths = [()]
+        paths: list[tuple[int, ...]] = [()]
         for node in range(1, template.num_nodes):
             ranked = children(of, paths[template.parents[node]])
             paths.append(ranked[template.ranks[node]])
@@ -151,8 +151,9 @@ def test_joint_law_of_sampled_rows(tree, rule):
 
 
 def test_layers_and_trees_by_default():
-    sizes = dict(num_heads=1, num_kv_heads=1, head_width=2, mlp_width=2)
-    target = DecoderConfig(vocab_size=9, width=4, num_layers=10, **sizes)
+    target = DecoderConfig(
+        9, 4, num_layers=10, num_heads=1, num_kv_heads=1, head_width=2, mlp_width=2
+    )
     recipe = recipes.find("eagle")
     network = recipe.network(target, Shape(frames=8))
     assert network.taps == (2, 4, 9) and network.steps == 8

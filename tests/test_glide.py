@@ -54,7 +54,7 @@ def drafts(lm):
         _, taps, kv = lm.hidden(params, tokens, LENGTHS, every["cape"].taps)
         kv = tuple((k + noise[:, None, None], v + noise[:, None, :, None]) for k, v in kv)
         context = DraftContext(
-            params, jnp.pad(tokens, ((0, 0), (0, 1))), LENGTHS, kv, make_request(4, 1)
+            params, jnp.pad(tokens, ((0, 0), (0, 1))), jnp.asarray(LENGTHS), kv, make_request(4, 1)
         )
         state = every["cape"].init(draft_params, context, taps)
         keys = context.request.keys

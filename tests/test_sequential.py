@@ -275,7 +275,8 @@ def test_state_after_rounds_and_a_new_turn_is_that_of_a_prompt(setting):
 
     @jax.jit
     def program(params):
-        loop, wrong = (Loop(lm, d, Greedy(), NEW) for d in (drafter, OffThePath(drafter)))
+        every: tuple[Any, ...] = drafter, OffThePath(drafter)
+        loop, wrong = (Loop(lm, d, Greedy(), NEW) for d in every)
         state = rounds(loop, params)
         counts = jnp.full((4,), 3, jnp.int32)
         longer = decode.extend(loop, params, draft_params, state, keep, new, counts, request)
@@ -312,9 +313,9 @@ def test_bfloat16_and_places_of_matrices(setting, name):
     value, _, _ = jax.eval_shape(loss.loss, fresh, low, rows_of(truth, lengths), keys)
     assert value.dtype == jnp.float32
     small = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), fresh)
-    given = small, low, truth, LENGTHS
-    tree = jax.eval_shape(drafted(lm, name)[1].__wrapped__, low, small, truth, LENGTHS)[0]
-    assert tree.tokens.dtype == jnp.int32 and tree.draft_logits.dtype == jnp.float32, given
+    given = low, small, truth, LENGTHS
+    tree = jax.eval_shape(drafted(lm, name)[1], *given)[0]
+    assert tree.tokens.dtype == jnp.int32 and tree.draft_logits.dtype == jnp.float32
     mesh = jax.sharding.AbstractMesh((1, 2, 2), sharding.MESH_AXES)
     for key, x in fresh.items():
         cut = sharding.spec(mesh, sharding.parameter_axes(key, x.shape), x.shape)
