@@ -71,5 +71,7 @@ def test_streams_and_conversations(engine):
         ids = engine.tokenizer.apply_chat_template(
             before, add_generation_prompt=True, return_dict=False
         )
-        answer = "".join(map(str, chat.send(text)))
+        pieces = list(chat.send(text))
+        assert all(all(piece.from_draft) for piece in pieces)
+        answer = "".join(map(str, pieces))
         assert answer == engine.plain().generate([ids], BUDGET)[0].text and answer
