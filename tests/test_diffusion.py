@@ -5,7 +5,7 @@ here: logits for every window of two positions, ``MASK`` included. What is decid
 passes is enumerated, and so is the rule that verifies; the drafts of the real program are then
 counted against the enumeration.
 
-18,432 drafts in each of four cases and 2,892 decodes of each of two kinds of rows in each of two
+18,432 drafts in each of four cases and 1,928 decodes of each of two kinds of rows in each of two
 cases make twelve chi-square tests at 1e-5: a false alarm has probability 1.2e-4. Seeds are fixed.
 
 Shape letters: B rows, T passes (tokens in batches), A anchors, F positions, V vocabulary.
@@ -476,7 +476,7 @@ def test_joint_law_of_sampled_drafts(tree):
     drafter = drafter_of(sampling.target()[0], tree, 4)
     draft_params = drafter.init_params(jax.random.key(5))
     draft_params = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, draft_params)
-    counts, drafted, _ = sampling.count(drafter, Rejection(), draft_params, 6)
+    counts, drafted, _ = sampling.count(drafter, Rejection(), draft_params, 4)
     assert drafter.states_law and drafted > 0 and (counts[2] > 0).sum() == 1
     assert min(sampling.p_values(counts)) > 1e-5
 
