@@ -102,7 +102,9 @@ def run(bench: Bench, chosen: list[Method], document: dict[str, Any], save: Call
     if given.peers:
         trained = methods.by_method(given.drafters)
         folder = next((trained[n] for n in recipes.of_language_models() if n in trained), None)
-        decoders += peers.peers(folder)
+        others, absent = peers.peers(folder)
+        decoders += others
+        document["left_out"] += [dataclasses.asdict(LeftOut(*pair)) for pair in absent.items()]
     plan = [(d, t, b) for b in given.batch for t in given.temperature for d in decoders]
     for decoder, temperature, batch in tqdm(plan, unit=" cells"):
         ours = isinstance(decoder, Method)
@@ -277,6 +279,8 @@ def main() -> None:
     bench, problems = prepare(arguments)
     chosen, left_out = methods.choose(bench.engine, arguments.methods, arguments.drafters)
     report_lines(problems)
+    if arguments.repeats == 1 and len(bench.talks) <= max(arguments.batch):
+        print("note: a batch that is timed once has no interval", file=sys.stderr)
     document = new_document(bench, left_out)
     if arguments.resume:
         document = resumed(arguments.json, document)

@@ -160,17 +160,22 @@ def versions() -> dict[str, str]:
     return {name: importlib.import_module(name).__version__ for name in ("torch", "transformers")}
 
 
-def peers(assistant: str | None) -> list[Peer]:
-    """The ways of ``transformers`` that can run here, the plain one first.
+def peers(assistant: str | None) -> tuple[list[Peer], dict[str, str]]:
+    """The ways of ``transformers`` that can run here, the plain one first, and why others cannot.
 
     Args:
       assistant: folder of a language model that can draft, or None.
     """
-    found = [Peer("transformers", {})]
+    found, left_out = [Peer("transformers", {})], {}
     if on_gpu():
         # generate compiles the model by itself where the cache is static and the device a GPU.
         found.append(Peer("transformers-static", {"cache_implementation": "static"}))
+    else:
+        left_out["transformers-static"] = "needs a GPU that jax and torch both use"
     if assistant:
         found.append(Peer("transformers-assisted", {}, one_row=True, assistant=assistant))
+    else:
+        left_out["transformers-assisted"] = "needs the folder of a language model (--drafters)"
     lookup = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
-    return [*found, Peer("transformers-lookup", lookup, one_row=True)]
+    found.append(Peer("transformers-lookup", lookup, one_row=True))
+    return found, left_out

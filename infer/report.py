@@ -15,6 +15,7 @@ from typing import Any
 from ctc_spec_jax.cli import exit_on_bad_input
 from ctc_spec_jax.errors import InputError
 from infer import page, plots
+from infer.methods import PLAIN
 from infer.page import Block
 
 _IDENTICAL = {True: "yes", False: "no", None: "law"}
@@ -121,7 +122,8 @@ def pays(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     A size pays where the whole interval of the speedup is above 1.
     """
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["batch"]):
+    drafting = [row for row in rows if row["method"] != PLAIN]
+    for row in sorted(drafting, key=lambda row: row["batch"]):
         groups.setdefault((row["method"], row["temperature"]), []).append(row)
     found = []
     for (method, temperature), mine in groups.items():

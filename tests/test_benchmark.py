@@ -679,7 +679,7 @@ def test_peers(engine, target):
     talks = [[Turn(1, "a", 0, prompt)]]
     options = {"max_new_tokens": BUDGET, "temperature": 0.0}
     found = {}
-    for peer in peers.peers(str(target)):
+    for peer in peers.peers(str(target))[0]:
         other = peers.Transformers(engine, str(target), peer)
         runs = cells.measure((other, engine.plain()), talks, 1, 1, options)
         found[peer.name] = cells.cell(peer.name, 0.0, 1, 1, runs, other.logits)
@@ -689,7 +689,7 @@ def test_peers(engine, target):
     # The assistant is the target itself.
     assert found["transformers-assisted"].rounds <= 8
     assert found["transformers-lookup"].rounds <= BUDGET
-    drawn = peers.Transformers(engine, str(target), peers.peers(None)[0])
+    drawn = peers.Transformers(engine, str(target), peers.peers(None)[0][0])
     rows = drawn.generate([prompt, prompt[:5]], 8, seed=[3, 4], temperature=0.9)
     assert [len(row.tokens) for row in rows] == [8, 8]
 
@@ -717,6 +717,30 @@ def test_refusals(arguments, sentence, target, call, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith(f"error: {sentence}")
     assert printed.err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_peers_beside_the_methods(target, call, tmp_path, monkeypatch):
+    """Their cells have a list of their own; ways that cannot run are left out with the reason."""
+    pytest.importorskip("torch", reason="torch is optional")
+    made = Made("peer", [])
+    monkeypatch.setattr(Engine, "generate", made_up)
+    monkeypatch.setattr(peers, "Transformers", lambda *arguments: made)
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out.json"
+    prompts.write_text('{"prompt": "import os"}\n')
+    places = ("--target", target, "--prompts", prompts, "--json", out, "--no-split", "--peers")
+    call(*places, "--methods", "prompt_lookup", "--max-new-tokens", 8, "--batch", 1, 2)
+    document = json.loads(out.read_text())
+    assert [benchmark.place(row) for row in document["peers"]] == [
+        ("transformers", 0.0, 1),
+        ("transformers-lookup", 0.0, 1),
+        ("transformers", 0.0, 2),
+    ]
+    assert len(document["results"]) == 4 and "torch" in document["versions"]
+    assert [(one["method"], one["batch"]) for one in document["left_out"]] == [
+        ("transformers-static", None),
+        ("transformers-assisted", None),
+        ("transformers-lookup", 2),
+    ]
 
 
 def test_peers_need_torch(call, monkeypatch, capsys):
