@@ -201,14 +201,12 @@ def judge(
         kept = loop.verifier(keys, tree, depth, mask, laws, most)
         acceptance, everything = without_bonus(kept, pending.count + 1, drafts.tokens[:, 0])
     with jax.named_scope("accept"):
-        # As in ``decode.run_round``: no cache is written before all of it was read.
-        slot = state.length + (acceptance.next_token < 0).astype(jnp.int32)
         own = (~everything).astype(jnp.int32)
         settled, acceptance = accept.settle(
             state, request, tree, depth, laws, acceptance, acceptance.length - own
         )
         path = acceptance.path[:, :most]
-        cache = loop.target.commit(state.cache, scored.kv, path, slot)
+        cache = loop.target.commit(state.cache, scored.kv, path, state.length)
         after = dataclasses.replace(state.drafter, pending=_rest(drafts, everything, request))
         return dataclasses.replace(settled, cache=cache, drafter=after)
 
