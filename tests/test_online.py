@@ -297,7 +297,8 @@ def test_law_of_samples_while_the_drafter_learns(kind):
         row = replay.row_of([5], answers[0], 24)
         student.state["replay"] = replay.store(student.state["replay"], row)
         student.learn()
-    assert all((x != y).any() for x, y in itertools.pairwise(tables))
+    # The planted fault keeps nearly all drafts and so leaves nothing to learn.
+    assert kind is Swapped or all((x != y).any() for x, y in itertools.pairwise(tables))
     law = np.asarray(jax.nn.softmax(jnp.asarray(SOFT, jnp.float32), axis=-1), np.float64)
     joint = law[5][:, None] * law
     assert (p_value(counts, joint / joint.sum()) > 1e-5) == (kind is SmallLM)
