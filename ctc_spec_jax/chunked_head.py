@@ -57,6 +57,67 @@ def chunked_frame_log_probs(
     return blank - normaliser, label - normaliser[..., None]
 
 
+def chunked_labelled_log_probs(
+    hidden: Array,
+    head: Array,
+    blank_row: Array,
+    text: Array,
+    shifts: Array,
+    top_k: int,
+    chunk: int,
+    blank_bias: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Log-probabilities at frames that know the last label, see ``tree.ctc_labels``.
+
+    Candidates are every frame's ``top_k`` tokens and the labels. The logits of a chunk are
+    computed again in the backward pass.
+
+    Args:
+      hidden: [A, F, D].
+      head: [D, V], frozen.
+      blank_row: [D].
+      text: int [A, K+1], the token before the first frame and the labels; padding is any number.
+      shifts: [A, K+1, D], what is added to ``hidden`` in B(l, c) for l each of ``text``: B is the
+        product of a shift and the head's column of c.
+      top_k: of the candidates.
+      chunk: anchors whose logits exist at a time; as for ``chunked_frame_log_probs``.
+      blank_bias: [].
+
+    Returns:
+      ``blank [A, F]``; ``label [A, F, K]``, of label k after label k-1; ``stay [A, F, K]``, of
+      label k after itself. Float32, nats.
+    """
+    bias = jnp.zeros(()) if blank_bias is None else blank_bias
+    count = text.shape[1] - 1
+
+    @jax.checkpoint
+    def some(part):
+        hidden, text, shifts = part
+        logits = product("afd,dv->afv", hidden, head.astype(hidden.dtype))
+        blank = product("afd,d->af", hidden, blank_row.astype(hidden.dtype)) + widen(bias)
+        normaliser = jnp.logaddexp(jax.nn.logsumexp(logits, axis=-1), blank)
+        _, best = lax.top_k(lax.stop_gradient(logits), top_k)
+        known = jnp.clip(text, 0, head.shape[1] - 1).astype(best.dtype)
+        # Labels come first, so that theirs are the first K places; equal ones count once.
+        ids = jnp.concatenate([known[:, 1:], best.reshape(len(best), -1)], axis=1)
+        index = jnp.arange(ids.shape[1], dtype=jnp.int32)
+        earlier = (ids[:, :, None] == ids[:, None, :]) & (index[None, :] < index[:, None])[None]
+        first = ~jnp.any(earlier, axis=-1)
+        columns = jnp.take(head.T.astype(hidden.dtype), ids, axis=0)  # [a, U, D]
+        own = jnp.where(first[:, None], product("afd,aud->afu", hidden, columns), -1e30)
+        biases = product("akd,aud->aku", shifts, columns)  # [a, K+1, U]
+        tilted = own[:, :, None] + biases[:, None]  # [a, F, K+1, U]
+        mass = jax.nn.logsumexp(own, axis=-1) - normaliser
+        total = jax.nn.logsumexp(tilted, axis=-1) - mass[..., None]
+        labels = product("afd,aud->afu", hidden, columns[:, :count])
+        place = jnp.arange(count, dtype=jnp.int32)
+        enter = labels + biases[:, place, place][:, None] - total[..., :-1]
+        stay = labels + biases[:, place + 1, place][:, None] - total[..., 1:]
+        return blank - normaliser, enter, stay
+
+    return map_chunks(some, chunk, (hidden, text, shifts))
+
+
 def chunked_token_log_probs(
     hidden: Array, head: Array, labels: Array, chunk: int
 ) -> tuple[Array, Array]:

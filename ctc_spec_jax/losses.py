@@ -92,7 +92,7 @@ def prefix_log_probs(
     return prefix if label_lengths is None else _drop_padding(prefix, label_lengths)
 
 
-def _alignment_log_probs(blank, label, labels):
+def _alignment_log_probs(blank, label, labels, stay=None):
     """``prefix [..., K]`` and ``whole [..., K+1]``, the log-masses of all alignments.
 
     ``prefix[k-1]`` is the mass whose collapse begins with the first k labels, ``whole[k]`` the
@@ -106,22 +106,26 @@ def _alignment_log_probs(blank, label, labels):
     # Anchors go last: they fill the vector lanes, and the shift by one label moves whole rows.
     blank = jnp.maximum(widen(jnp.moveaxis(blank, -1, 0)), IMPOSSIBLE)[:, None]  # [F, 1, ...]
     label = jnp.maximum(widen(jnp.moveaxis(label, (-2, -1), (0, 1))), IMPOSSIBLE)  # [F, K, ...]
+    if stay is None:
+        stay = label
+    else:
+        stay = jnp.maximum(widen(jnp.moveaxis(stay, (-2, -1), (0, 1))), IMPOSSIBLE)
     labels = jnp.moveaxis(labels, -1, 0)
     repeat = jnp.concatenate([jnp.zeros_like(labels[:1], bool), labels[1:] == labels[:-1]])
 
     def step(state, frame):
         in_blank, in_label, whole = state  # [K+1, ...], [K, ...], [K+1, ...]
-        frame_blank, frame_label = frame
+        frame_blank, frame_label, frame_stay = frame
         # A token equal to the last one is a new one only after a blank.
         enter = frame_label + jnp.where(repeat, in_blank[:-1], whole[:-1])
         in_blank = frame_blank + whole
-        in_label = jnp.logaddexp(enter, frame_label + in_label)
+        in_label = jnp.logaddexp(enter, frame_stay + in_label)
         whole = jnp.concatenate([in_blank[:1], jnp.logaddexp(in_blank[1:], in_label)])
         return (in_blank, in_label, whole), enter
 
     never = jnp.full_like(label[0], IMPOSSIBLE)
     start = jnp.concatenate([jnp.zeros_like(blank[0]), never])
-    (_, _, whole), enter = lax.scan(step, (start, never, start), (blank, label))
+    (_, _, whole), enter = lax.scan(step, (start, never, start), (blank, label, stay))
     prefix = jax.nn.logsumexp(enter, axis=0)
     return _floor(jnp.moveaxis(prefix, 0, -1)), _floor(jnp.moveaxis(whole, 0, -1))
 
@@ -148,6 +152,7 @@ def draft_loss(
     label_lengths: Array,
     weights: Mapping[str, float | Array],
     prefix_weights: Array | None = None,
+    stay: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Weighted combination of the three objectives from one recursion.
 
@@ -159,6 +164,8 @@ def draft_loss(
       weights: one for each of ``OBJECTIVES``, numbers or traced scalars; a missing name is 0.
         ``expected_length`` is maximised: it enters with a minus sign.
       prefix_weights: ``weights`` of ``prefix_loss``.
+      stay: [..., F, K], log-probability of ``labels[..., k]`` at each frame where it is the last
+        label already; ``label`` itself where frames do not know it.
 
     Returns:
       The loss, float32 [], and the value of each of ``OBJECTIVES``, unweighted; beside them, by
@@ -167,7 +174,7 @@ def draft_loss(
     """
     if unknown := set(weights) - set(OBJECTIVES):
         raise ValueError(f"weights must be among {OBJECTIVES}, got {sorted(unknown)}")
-    prefix, whole = _alignment_log_probs(blank, label, labels)
+    prefix, whole = _alignment_log_probs(blank, label, labels, stay)
     prefix = _drop_padding(prefix, label_lengths)
     charges, valid = _charge(prefix), label_lengths > 0
     by_position = {"loss_at": charges, "prefix_at": jnp.exp(prefix)}

@@ -110,13 +110,13 @@ def prefix_tree(
         ValueError: for a wrong shape or dtype, or a size below 1.
     """
     _validate(log_probs, num_nodes, max_depth, top_k, beam)
-    ids, probs = _candidates(log_probs, top_k)
-    gaps = _blank_runs(jnp.exp(log_probs[:, -1]))
+    ids, probs = candidates(log_probs, top_k)
+    gaps = blank_runs(jnp.exp(log_probs[:, -1]))
     levels = [_root(ids.shape[0], log_probs.shape[0])]
     for depth in range(1, min(max_depth, log_probs.shape[0], num_nodes - 1) + 1):
         width = min(num_nodes - depth, num_nodes if beam is None else beam)
         levels.append(_expand(levels[-1], probs, gaps, width))
-    mass, label, parents = _select(levels, num_nodes)
+    mass, label, parents = select(levels, num_nodes)
     valid = mass > 0
     is_root = np.arange(num_nodes) == ROOT
     tokens = jnp.where(is_root, pending, jnp.where(valid, ids[label], 0))
@@ -124,7 +124,7 @@ def prefix_tree(
     return tokens, parents, valid, jnp.log(mass)
 
 
-def _candidates(log_probs: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+def candidates(log_probs: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     """Union of every frame's top tokens: ids int32 [C] and probabilities float32 [C, F+1]."""
     vocab_size = log_probs.shape[1] - 1
     _, ids = build.top_k(log_probs[:, :vocab_size], top_k)
@@ -139,7 +139,7 @@ def _candidates(log_probs: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]
     return ids, jnp.pad(probs, ((0, 0), (1, 0)))
 
 
-def _blank_runs(blank: jax.Array) -> jax.Array:
+def blank_runs(blank: jax.Array) -> jax.Array:
     """Probability that all frames strictly between g and f are blank, for g < f-1, else 0.
 
     ``blank`` is float32 [F]; the result [F+1, F+1] counts the virtual frame 0.
@@ -163,9 +163,9 @@ def _root(num_candidates: int, frames: int) -> _Level:
 
 def _expand(level: _Level, probs: jax.Array, runs: jax.Array, width: int) -> _Level:
     """The ``width`` most probable children of a level's prefixes."""
-    far = _matmul(level.ending, runs)
-    near = _shift(level.ending, 1)
-    scores = _matmul(far + near, probs.T)  # [W, C]
+    far = matmul(level.ending, runs)
+    near = shift(level.ending, 1)
+    scores = matmul(far + near, probs.T)  # [W, C]
     # A repeated label enters through a blank only. Recomputed without the near term rather than
     # corrected by a difference, which would cancel. The root's label is out of range: dropped.
     rows = jnp.arange(scores.shape[0], dtype=jnp.int32)
@@ -183,25 +183,25 @@ def _expand(level: _Level, probs: jax.Array, runs: jax.Array, width: int) -> _Le
         label=label,
         parent=parent,
         probs=probs[label],
-        ending=_stay(probs[label] * before, probs[label]),
+        ending=stay(probs[label] * before, probs[label]),
     )
 
 
-def _stay(enter: jax.Array, probs: jax.Array) -> jax.Array:
+def stay(enter: jax.Array, probs: jax.Array) -> jax.Array:
     """Solve ``x[f] = enter[f] + probs[f] * x[f-1]`` along the last axis, by doubling.
 
-    After the step with shift s, x covers the last 2s entries into each frame and ``probs`` is the
-    probability of 2s frames of the label: log2(F) fused steps instead of F.
+    After the step that shifts by s, x covers the last 2s entries into each frame and ``probs`` is
+    the probability of 2s frames of the label: log2(F) fused steps instead of F.
     """
-    total, shift = enter, 1
-    while shift < enter.shape[-1]:
-        total = total + probs * _shift(total, shift)
-        probs = probs * _shift(probs, shift)
-        shift *= 2
+    total, by = enter, 1
+    while by < enter.shape[-1]:
+        total = total + probs * shift(total, by)
+        probs = probs * shift(probs, by)
+        by *= 2
     return total
 
 
-def _select(levels: list[_Level], num_nodes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def select(levels: list[_Level], num_nodes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The best nodes of all levels: mass, label and parent slot, each [N], by falling mass."""
     offsets = np.cumsum([0] + [len(level.mass) for level in levels[:-1]])
     above = [0, *offsets[:-1].tolist()]
@@ -217,12 +217,12 @@ def _select(levels: list[_Level], num_nodes: int) -> tuple[jax.Array, jax.Array,
     return mass, label[kept], slot
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     # Accelerators would round the factors to bfloat16 or TF32, and masses would lose their order.
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _shift(x: jax.Array, by: int) -> jax.Array:
+def shift(x: jax.Array, by: int) -> jax.Array:
     """Move the last axis ``by`` frames later; zeros come in."""
     return jnp.pad(x[:, :-by], ((0, 0), (by, 0)))
 
