@@ -50,6 +50,8 @@ class Result:
 
     ``accepted_length`` is in tokens per target pass, the target's own (bonus) token included, over
     every answer up to where it begins to loop (``data.before_loop``): loops are easy to draft.
+    ``accepted_length_without_bonus`` counts drafted tokens alone; rounds that end in one, at a stop
+    or where draft and target overlap, have no bonus token.
     ``accepted_length_without_loops`` is over the answers that never loop, None if all do.
     Tokens, rounds and times are those of whole answers.
     """
@@ -121,7 +123,8 @@ def summarise(
     loops = [data.loop_share(answer.tokens) > _LOOPS for answer in answers]
     whole = [answer for answer, loop in zip(answers, loops, strict=True) if not loop]
     fresh = [fresh_rounds(answer.tokens, answer.emitted, _LOOPS) for answer in answers]
-    accepted = sum(n for n, _ in fresh) / sum(rounds for _, rounds in fresh)
+    passes = sum(rounds for _, rounds in fresh)
+    drafted = sum(sum(answer.from_draft[:n]) for answer, (n, _) in zip(answers, fresh, strict=True))
     tokens = sum(len(answer.tokens) for answer in answers)
     rounds = sum(answer.rounds for answer in answers)
     speed = tokens / sum(seconds)
@@ -133,8 +136,8 @@ def summarise(
         finish=[answer.finish for answer in answers],
         tokens=tokens,
         rounds=rounds,
-        accepted_length=accepted,
-        accepted_length_without_bonus=accepted - 1,
+        accepted_length=sum(n for n, _ in fresh) / passes,
+        accepted_length_without_bonus=drafted / passes,
         accepted_length_without_loops=_mean_length(whole) if whole else None,
         accepted_length_with_loops=_mean_length(answers),
         looping_share=sum(loops) / len(loops),

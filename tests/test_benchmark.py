@@ -123,7 +123,11 @@ class Made:
         rounds = budget // self.a_round
         accepted = [rounds] * (self.a_round - 1)
         emitted = [self.a_round] * rounds
-        return Generation("x", tokens, "length", rounds, emitted, seconds, accepted=accepted)
+        counts = {
+            "accepted": accepted,
+            "from_draft": ([True] * (self.a_round - 1) + [False]) * rounds,
+        }
+        return Generation("x", tokens, "length", rounds, emitted, seconds, **counts)
 
 
 def turn(question_id: int, index: int = 0, length: int = 5, category: str = "a") -> Turn:

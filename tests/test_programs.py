@@ -479,7 +479,9 @@ def test_generate_end_to_end(pair, call, tmp_path):
     assert result["identical"] is True
     assert printed.startswith(result["text"][0] + "\n")
     assert 0 < result["rounds"] <= result["tokens"] <= 48
-    assert result["accepted_length_without_bonus"] == result["accepted_length"] - 1
+    # One of the target's own tokens a round, but for rounds that end in a drafted one.
+    whole = result["accepted_length_without_bonus"] - (result["accepted_length"] - 1)
+    assert -1e-9 <= whole < 1
     ratio = result["tokens_per_second"] / result["baseline_tokens_per_second"]
     np.testing.assert_allclose(result["speedup"], ratio)
     assert [size["tree_nodes"] for size in result["sizes"]] == [8]
