@@ -127,7 +127,8 @@ class Transformers:
                 left -= count
         finish = "length" if end is None else "stop"
         text = self.engine.decode_text(new)
-        return Generation(text, new, finish, len(kept), kept, seconds)
+        drafted = [index < count - 1 for count in kept for index in range(count)]
+        return Generation(text, new, finish, len(kept), kept, seconds, drafted)
 
     def logits(self, tokens) -> np.ndarray:
         """float32 [V] after the text ``tokens`` [T]."""
