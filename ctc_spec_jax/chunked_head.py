@@ -69,8 +69,9 @@ def chunked_labelled_log_probs(
 ) -> tuple[Array, Array, Array]:
     """Log-probabilities at frames that know the last label, see ``tree.ctc_labels``.
 
-    Candidates are every frame's ``top_k`` tokens and the labels. The logits of a chunk are
-    computed again in the backward pass.
+    Candidates are every frame's ``top_k`` tokens, whether or not a label is among them: chosen with
+    an eye on the labels, they would give them away. Other tokens keep their probability. The logits
+    of a chunk are computed again in the backward pass.
 
     Args:
       hidden: [A, F, D].
@@ -88,7 +89,6 @@ def chunked_labelled_log_probs(
       label k after itself. Float32, nats.
     """
     bias = jnp.zeros(()) if blank_bias is None else blank_bias
-    count = text.shape[1] - 1
 
     @jax.checkpoint
     def some(part):
@@ -98,21 +98,25 @@ def chunked_labelled_log_probs(
         normaliser = jnp.logaddexp(jax.nn.logsumexp(logits, axis=-1), blank)
         _, best = lax.top_k(lax.stop_gradient(logits), top_k)
         known = jnp.clip(text, 0, head.shape[1] - 1).astype(best.dtype)
-        # Labels come first, so that theirs are the first K places; equal ones count once.
-        ids = jnp.concatenate([known[:, 1:], best.reshape(len(best), -1)], axis=1)
+        ids = best.reshape(len(best), -1)  # [a, U]
         index = jnp.arange(ids.shape[1], dtype=jnp.int32)
         earlier = (ids[:, :, None] == ids[:, None, :]) & (index[None, :] < index[:, None])[None]
-        first = ~jnp.any(earlier, axis=-1)
-        columns = jnp.take(head.T.astype(hidden.dtype), ids, axis=0)  # [a, U, D]
+        first = ~jnp.any(earlier, axis=-1)  # equal ones count once
+        turned = head.T.astype(hidden.dtype)
+        columns = jnp.take(turned, ids, axis=0)
         own = jnp.where(first[:, None], product("afd,aud->afu", hidden, columns), -1e30)
-        biases = product("akd,aud->aku", shifts, columns)  # [a, K+1, U]
-        tilted = own[:, :, None] + biases[:, None]  # [a, F, K+1, U]
+        tilted = own[:, :, None] + product("akd,aud->aku", shifts, columns)[:, None]
         mass = jax.nn.logsumexp(own, axis=-1) - normaliser
-        total = jax.nn.logsumexp(tilted, axis=-1) - mass[..., None]
-        labels = product("afd,aud->afu", hidden, columns[:, :count])
-        place = jnp.arange(count, dtype=jnp.int32)
-        enter = labels + biases[:, place, place][:, None] - total[..., :-1]
-        stay = labels + biases[:, place + 1, place][:, None] - total[..., 1:]
+        total = jax.nn.logsumexp(tilted, axis=-1) - mass[..., None]  # [a, F, K+1]
+        columns = jnp.take(turned, known[:, 1:], axis=0)  # of the labels
+        labels = product("afd,akd->afk", hidden, columns)
+        among = jnp.any(known[:, 1:, None] == ids[:, None], axis=-1)[:, None]  # [a, 1, K]
+
+        def after(shifts, total):
+            biases = product("akd,akd->ak", shifts, columns)[:, None]
+            return jnp.where(among, labels + biases - total, labels - normaliser[..., None])
+
+        enter, stay = after(shifts[:, :-1], total[..., :-1]), after(shifts[:, 1:], total[..., 1:])
         return blank - normaliser, enter, stay
 
     return map_chunks(some, chunk, (hidden, text, shifts))

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ctc_spec_jax.draft.block import BlockConfig, BlockDrafter, BlockLoss, ProductTree, block_config
-from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, ctc_config, label_conditioned, published
+from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, ctc_config, published
+from ctc_spec_jax.draft.ctc_labels import LabelConfig, LabelLoss, label_config, label_drafter
 from ctc_spec_jax.draft.ctc_loss import CTCLoss
 from ctc_spec_jax.draft.diffusion import (
     DiffusionConfig,
@@ -39,7 +40,6 @@ from ctc_spec_jax.draft.training import Shape
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
-from ctc_spec_jax.tree.ctc_labels import LabelTree
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.tree.ctc_transform import TransformTree, default_template
 from ctc_spec_jax.types import Drafter, Verifier
@@ -100,29 +100,20 @@ def of(network: Any) -> Recipe:
 
 
 def _ctc_network(target: DecoderConfig, shape: Shape) -> CTCConfig:
-    if shape.preset == "published":
+    if shape.preset not in ("", "published"):
+        raise InputError(f"drafter.preset: expected 'published' or '', found {shape.preset!r}")
+    if shape.preset:
         return published(target)
-    network = ctc_config(target, shape.layers, shape.frames, shape.taps, shape.mlp_width)
-    if shape.preset not in ("", "label_conditioned"):
-        raise InputError(
-            f"drafter.preset: expected 'published', 'label_conditioned' or '', "
-            f"found {shape.preset!r}"
-        )
-    return label_conditioned(network) if shape.preset else network
+    return ctc_config(target, shape.layers, shape.frames, shape.taps, shape.mlp_width)
 
 
 def _ctc_drafter(network: CTCConfig, nodes: int, depth: int, tree: str) -> CTCDrafter:
     trees = ("", "prefix", "transform")
     if tree not in trees:
         raise InputError(f"tree: expected one of {', '.join(trees[1:])}, found {tree!r}")
-    depth = min(depth, network.frames, nodes - 1)
-    if network.label_rank:
-        if tree == "transform":
-            raise InputError("tree: expected prefix for frames that know the last label")
-        return CTCDrafter(network, LabelTree(nodes, depth))
     if tree == "transform":
         return CTCDrafter(network, TransformTree(default_template(nodes, network.frames)))
-    return CTCDrafter(network, PrefixTree(nodes, depth))
+    return CTCDrafter(network, PrefixTree(nodes, min(depth, network.frames, nodes - 1)))
 
 
 def _block_drafter(network: BlockConfig, nodes: int, depth: int, tree: str) -> BlockDrafter:
@@ -210,6 +201,9 @@ LANGUAGE_MODEL = "small_lm"
 
 RECIPES: dict[str, Recipe] = {
     "ctc": Recipe(CTCConfig, _ctc_network, _ctc_drafter, CTCLoss, _ctc_notes, frames_products),
+    "ctc_labels": Recipe(
+        LabelConfig, label_config, label_drafter, LabelLoss, _ctc_notes, frames_products
+    ),
     "block": Recipe(BlockConfig, block_config, _block_drafter, BlockLoss, products=frames_products),
     "diffusion": Recipe(
         DiffusionConfig,

@@ -81,9 +81,10 @@ def test_without_a_bias_it_is_the_other_tree():
     def nothing(labels, candidates):
         return jnp.zeros((labels.shape[0], candidates.shape[0]))
 
-    tree = ctc_labels.prefix_tree(log_probs, np.int32(PENDING), nothing, 9, 4, VOCAB)
+    given = jnp.asarray(log_probs), jnp.int32(PENDING)
+    tree = ctc_labels.prefix_tree(*given, nothing, 9, 4, VOCAB)
     sizes = dict(num_nodes=9, max_depth=4, top_k=VOCAB)
-    other = ctc_prefix.prefix_tree(log_probs, np.int32(PENDING), **sizes)
+    other = ctc_prefix.prefix_tree(*given, **sizes)
     assert texts_of(tree) == texts_of(other)
     np.testing.assert_allclose(tree[3], other[3], atol=1e-5)
 
@@ -99,7 +100,7 @@ def test_loss_is_the_mass_of_all_alignments():
 
     def masses(table):
         parts = chunked_head.chunked_labelled_log_probs(
-            hidden, head, blank, text, table[text], top_k=2, chunk=1
+            *map(jnp.asarray, (hidden, head, blank, text, table[text])), top_k=VOCAB, chunk=1
         )
         labels = jnp.asarray(text[:, 1:])
         found = losses.draft_loss(
@@ -107,7 +108,6 @@ def test_loss_is_the_mass_of_all_alignments():
         )
         return found[1]["loss_at"]
 
-    # The labels and the best two of each frame are all tokens of these rows.
     logits = np.concatenate([hidden @ head, (hidden @ blank)[..., None]], axis=-1)
     log_probs = np.asarray(jax.nn.log_softmax(logits))
     expected = []
@@ -122,11 +122,26 @@ def test_loss_is_the_mass_of_all_alignments():
     assert float(gradient[0, 1]) == pytest.approx(float(slope), rel=1e-2)
 
 
+def test_laws_add_up_whatever_the_label():
+    """One frame, every token as the label once: candidates must not depend on the label."""
+    draw = np.random.default_rng(2)
+    vocab, width = 9, 4
+    hidden = np.tile(draw.normal(size=(1, 1, width)), (vocab, 1, 1)).astype(np.float32)
+    head, blank = (draw.normal(size=s).astype(np.float32) for s in ((width, vocab), width))
+    table = draw.normal(size=(vocab, width)).astype(np.float32) * 3
+    text = np.stack([np.full(vocab, 4), np.arange(vocab)], axis=1).astype(np.int32)
+    parts = chunked_head.chunked_labelled_log_probs(
+        *map(jnp.asarray, (hidden, head, blank, text, table[text])), top_k=3, chunk=4
+    )
+    mass = np.exp(parts[1][:, 0, 0]).sum() + np.exp(parts[0][0, 0])
+    assert float(mass) == pytest.approx(1, abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def setting():
     lm, params = tiny_target(num_layers=1)
-    recipe = recipes.find("ctc")
-    shape = Shape(preset="label_conditioned", layers=1, frames=4)
+    recipe = recipes.find("ctc_labels")
+    shape = Shape(layers=1, frames=4)
     return lm, params, recipe, recipe.network(lm.config, shape)
 
 
@@ -136,7 +151,8 @@ def test_fresh_frames_do_not_know_the_label_yet(setting):
     drafter = recipe.drafter(network, 8, 3, "")
     given = drafter.init_params(jax.random.key(0))
     given = jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, given)
-    plain = recipe.drafter(recipe.network(lm.config, Shape(layers=1, frames=4)), 8, 3, "")
+    other = recipes.find("ctc")
+    plain = other.drafter(other.network(lm.config, Shape(layers=1, frames=4)), 8, 3, "")
     less = {name: x for name, x in given.items() if not name.startswith("label")}
     up = jax.random.normal(jax.random.key(1), given["label_up"].shape)
     prompts, lengths = ragged_prompts(1, (5, 1, 7))
@@ -170,5 +186,5 @@ def test_training_moves_the_bias(setting):
 
 
 def test_the_published_tree_is_refused(setting):
-    with pytest.raises(InputError, match="expected prefix for frames that know the last label"):
+    with pytest.raises(InputError, match="^tree: expected prefix, found 'transform'$"):
         setting[2].drafter(setting[3], 8, 3, "transform")
