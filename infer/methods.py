@@ -52,10 +52,16 @@ class LeftOut:
 
 
 def demo_folders() -> list[str]:
-    """Folders of the drafters that come with the demo target."""
-    others = demo.drafter_folder().parent / "drafters"
-    found = sorted(path.parent for path in others.glob("*/config.json"))
-    return [str(folder) for folder in (demo.drafter_folder(), *found)]
+    """Folders of the drafters that come with the demo target, one of each method.
+
+    Those of ``drafters/`` were all trained alike; the demo's own, trained longer, stands in where
+    its method is not among them.
+    """
+    own = demo.drafter_folder()
+    found = sorted(path.parent for path in (own.parent / "drafters").glob("*/config.json"))
+    if _kind(str(own)) not in {_kind(str(folder)) for folder in found}:
+        found.insert(0, own)
+    return [str(folder) for folder in found]
 
 
 def by_method(folders: Sequence[str]) -> dict[str, str]:

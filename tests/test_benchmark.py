@@ -372,16 +372,20 @@ def test_methods_that_cannot(engine, target, trained, tmp_path):
         methods.by_method([str(tmp_path)])
 
 
-def test_drafters_beside_the_demo(monkeypatch, trained, tmp_path):
-    """``demo/drafter`` and every folder of ``demo/drafters``."""
-    other = tmp_path / "drafters" / "medusa"
-    other.mkdir(parents=True)
-    (other / "config.json").write_text('{"model_type": "medusa"}')
+def test_drafters_beside_the_demo(monkeypatch, tmp_path):
+    """Every folder of ``demo/drafters``, and ``demo/drafter`` if its method is not among them."""
+    for name in ("drafter", "drafters/medusa", "drafters/other"):
+        (tmp_path / name).mkdir(parents=True)
+        kind = name.rpartition("/")[2] if name.endswith("medusa") else "ctc"
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
     (tmp_path / "drafters" / "empty").mkdir()
     monkeypatch.setattr(demo, "drafter_folder", lambda: tmp_path / "drafter")
-    assert methods.demo_folders() == [str(tmp_path / "drafter"), str(other)]
+    others = [str(tmp_path / "drafters" / name) for name in ("medusa", "other")]
+    assert methods.demo_folders() == others
+    (tmp_path / "drafters" / "other" / "config.json").unlink()
+    assert methods.demo_folders() == [str(tmp_path / "drafter"), others[0]]
     monkeypatch.undo()
-    assert methods.by_method(methods.demo_folders())["ctc"] == str(demo.drafter_folder())
+    assert "ctc" in methods.by_method(methods.demo_folders())
 
 
 FIELDS = {
