@@ -28,6 +28,7 @@ from ctc_spec_jax.cli import (
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.streaming import Conversation
+from infer import advice
 
 _RESET = "/reset"
 
@@ -40,7 +41,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--system", help="first message")
     parser.add_argument("--context", type=int, default=0, help="tokens of all turns together")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of one answer")
-    parser.add_argument("--tree-nodes", type=int, default=demo.TREE_NODES)
+    parser.add_argument(
+        "--tree-nodes",
+        default=demo.TREE_NODES,
+        help="a size, or auto: measure first which one pays here, if any",
+    )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--rounds", type=int, default=4, help="target passes between two pieces")
     add_options(parser)
@@ -91,11 +96,17 @@ def main() -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
     dtype = DTYPES[arguments.dtype]
     target = arguments.target or str(demo.target_folder())
+    sizes = advice.tree_sizes([arguments.tree_nodes])
     engine = Engine.from_pretrained(target, dtype=dtype)
-    engine = with_drafts(engine, arguments, arguments.tree_nodes)
+    if sizes is not None:
+        engine = with_drafts(engine, arguments, sizes[0])
     if arguments.template:
         _use_template(engine, arguments.template)
     fields = option_fields(arguments, engine)
+    if sizes is None:
+        prompts = advice.held_out(engine, fields)
+        nodes = advice.choose_size(engine, arguments, prompts, 1)
+        engine = engine.plain() if nodes == 1 else with_drafts(engine, arguments, nodes)
 
     def begin() -> Conversation:
         return Conversation(

@@ -37,6 +37,7 @@ from ctc_spec_jax.cli import (
 )
 from ctc_spec_jax.engine import Engine, Generation
 from ctc_spec_jax.errors import InputError
+from infer import advice
 from infer.prompts import Prompt, choose_prompts, columns, report
 from train import data
 from train.loops import fresh_rounds
@@ -229,7 +230,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=24, help="held-out prompts to take")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument(
-        "--tree-nodes", type=int, nargs="+", default=[demo.TREE_NODES], help="one or more sizes"
+        "--tree-nodes",
+        nargs="+",
+        default=[demo.TREE_NODES],
+        help="one or more sizes, or auto: measure first which one pays here, if any",
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--compare", action="store_true", help="also decode plainly")
@@ -249,8 +253,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.prompt is not None and arguments.prompts:
         raise InputError("--prompt: expected it or --prompts, found both")
     check_counts(arguments, ("repeats", "num_prompts", "max_new_tokens", "batch"))
-    if min(arguments.tree_nodes) < 2:
-        raise InputError(f"--tree-nodes: expected at least 2, found {min(arguments.tree_nodes)}")
+    arguments.tree_nodes = advice.tree_sizes(arguments.tree_nodes)
     check_json(arguments.json)
 
 
@@ -265,9 +268,11 @@ def main() -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
     target = arguments.target or str(demo.target_folder())
     engine = Engine.from_pretrained(target, dtype=dtype)
-    engine = with_drafts(engine, arguments, arguments.tree_nodes[0])
-    plain = engine.drafter.num_nodes == 1
-    if plain and arguments.compare:
+    sizes = arguments.tree_nodes
+    if sizes is not None:
+        engine = with_drafts(engine, arguments, sizes[0])
+        sizes = sizes if engine.drafter.num_nodes > 1 else [1]
+    if sizes == [1] and arguments.compare:
         raise InputError("--compare: expected --drafter or --method for --target, found neither")
     fields = option_fields(arguments, engine)
     if arguments.prompt is not None:
@@ -276,18 +281,33 @@ def main() -> None:
     else:
         prompts, problems = choose_prompts(engine, arguments.prompts, arguments.num_prompts, fields)
     report(problems)
+    if sizes is None:
+        sizes = [_auto(engine, arguments, prompts, fields)]
+        engine = sized(engine, arguments, sizes[0])
     if arguments.stream:
         for index, prompt in enumerate(prompts):
             show(engine, prompt, arguments.seed + index)
     else:
         show(engine, prompts[0], arguments.seed)
-        sizes = [1] if plain else arguments.tree_nodes
         results = compare_sizes(engine, sizes, prompts, arguments)
         print(table(results))
         if arguments.json:
             write_json(arguments.json, results)
     if problems:
         raise SystemExit(2)
+
+
+def sized(engine: Engine, arguments: argparse.Namespace, nodes: int) -> Engine:
+    """The engine with drafts of so many nodes; 1 is plain decoding."""
+    return engine.plain() if nodes == 1 else with_drafts(engine, arguments, nodes)
+
+
+def _auto(
+    engine: Engine, arguments: argparse.Namespace, prompts: Sequence[Prompt], fields: dict[str, Any]
+) -> int:
+    """The advised size; one prompt is too few to measure on."""
+    given = prompts if arguments.prompt is None else advice.held_out(engine, fields)
+    return advice.choose_size(engine, arguments, given, min(arguments.batch, len(prompts)))
 
 
 def show(engine: Engine, prompt: Prompt, seed: int) -> None:
@@ -313,10 +333,10 @@ def compare_sizes(
     sampled = any(prompt.options.get("temperature") for prompt in prompts)
     results = []
     for nodes in sizes:
-        sized = with_drafts(engine, arguments, nodes)
-        baseline = sized.plain() if arguments.compare else None
+        one = sized(engine, arguments, nodes)
+        baseline = one.plain() if arguments.compare else None
         answers, seconds = measure(
-            sized, baseline, prompts, arguments.repeats, arguments.batch, arguments.seed
+            one, baseline, prompts, arguments.repeats, arguments.batch, arguments.seed
         )
         results.append(summarise(nodes, answers[0], seconds[0], answers[1], seconds[1], sampled))
     return results

@@ -1,10 +1,12 @@
 """Cost of a round against a plain step, by tree size, batch and options, on this device.
 
     python -m infer.profile --json benchmarks/round_cost.json --plot benchmarks/round_cost.png
+    python -m infer.profile --advise --batch 1 4 16
 
 Every figure is a ratio of times of one run in which all programs take turns, medians of repeats.
 The last part times what a round does beside the model (build, mask, verify, commit) against a
-plain step of a model of one billion parameters, with random weights.
+plain step of a model of one billion parameters, with random weights. --advise sets the cost
+against the tokens that a drafter's rounds keep; see ``advice``.
 """
 
 from __future__ import annotations
@@ -16,10 +18,8 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,16 +27,24 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ctc_spec_jax import decode as loop_of
-from ctc_spec_jax import demo, memory, options, xla
-from ctc_spec_jax.cli import exit_on_bad_input, use_compilation_cache
+from ctc_spec_jax import demo, memory
+from ctc_spec_jax.cli import (
+    DTYPES,
+    add_method,
+    exit_on_bad_input,
+    use_compilation_cache,
+    with_drafts,
+)
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
-from ctc_spec_jax.engine import Engine, seed_keys
+from ctc_spec_jax.engine import Engine
+from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.types import Array, DraftTree, TargetOutput
+from infer import advice
 from infer.generate import check_counts, check_json, write_document
+from infer.rounds import in_turns, round_timer
 
 EVERY_OPTION: dict[str, Any] = {
     "temperature": 0.8,
@@ -50,7 +58,6 @@ EVERY_OPTION: dict[str, Any] = {
     "logit_bias": {5: -1.0},
     "bad_words_ids": [[7, 8], [9, 10, 11]],
 }
-_PROMPT, _ROUNDS = 64, 16
 _BILLION = DecoderConfig(
     vocab_size=32000,
     width=2048,
@@ -75,60 +82,22 @@ class Cost:
     every_option: float  # of rows with every processor on, in greedy rounds
 
 
-def round_state(engine: Engine, batch: int, fields: dict[str, Any]):
-    """Loop, both parameters, state after the prefill and request of a batch of made-up prompts."""
-    new = _ROUNDS * (engine.drafter.max_depth + 1)
-    rows = options.per_row(batch, {"max_new_tokens": new, "ignore_eos": True, **fields})
-    draw = np.random.default_rng(0)
-    prompts = draw.integers(1, engine.lm.vocab_size, (batch, _PROMPT)).tolist()
-    tokens, lengths = engine.encode(prompts, [new] * batch)
-    loop, request = engine.loop(xla.bucket(new)), engine.request(rows, seed_keys(0, batch))
-    params = (engine.params, engine.draft_params)
-    return loop, params, xla.jitted(loop_of.start)(loop, *params, tokens, lengths, request), request
-
-
-def round_timer(engine: Engine, batch: int, fields: dict[str, Any]) -> Callable[[], float]:
-    """A function that runs rounds of a batch from the same state and gives seconds per round."""
-    loop, params, state, request = round_state(engine, batch, fields)
-    advance = xla.jitted(loop_of.advance)
-
-    def run() -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(advance(loop, *params, state, request, np.int32(_ROUNDS)))
-        return (time.perf_counter() - began) / _ROUNDS
-
-    run()  # compiles
-    return run
-
-
-def in_turns(timers: dict[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
-    """Median seconds of every timer; they take turns, so that noise hits all alike."""
-    found: dict[Any, list[float]] = {name: [] for name in timers}
-    for _ in tqdm(range(repeats), unit=" turns", leave=False):
-        for name, timer in timers.items():
-            # A turn lasts a quarter of a second at least: one call of a small program would not.
-            began = time.perf_counter()
-            while True:
-                found[name].append(timer())
-                if time.perf_counter() - began > 0.25:
-                    break
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
-def round_costs(engine: Engine, folder: str, nodes, batches, repeats: int) -> Iterator[list[Cost]]:
+def round_costs(
+    engines: Mapping[int, Engine], batches: Sequence[int], repeats: int
+) -> Iterator[list[Cost]]:
     """Costs of rounds for every size of tree, a list per batch size; 1 node is plain decoding."""
     kinds = {"greedy": {}, "sampled": {"temperature": 0.8}, "every_option": EVERY_OPTION}
     for batch in tqdm(batches, unit=" batch sizes"):
         timers = {}
-        for size in tqdm(nodes, unit=" tree sizes", leave=False):
-            one = engine.plain() if size == 1 else engine.with_drafter(folder, size)
+        for size, engine in tqdm(engines.items(), unit=" tree sizes", leave=False):
             for kind, fields in kinds.items():
-                timers[size, kind] = round_timer(one, batch, fields)
-        if 1 not in nodes:
-            timers[1, "greedy"] = round_timer(engine.plain(), batch, {})
+                timers[size, kind] = round_timer(engine, batch, fields)
+        if 1 not in engines:
+            plain = next(iter(engines.values())).plain()
+            timers[1, "greedy"] = round_timer(plain, batch, {})
         seconds = in_turns(timers, repeats)
         costs = []
-        for size in nodes:
+        for size in engines:
             greedy = seconds[size, "greedy"]
             ratios = (seconds[size, kind] / greedy for kind in ("sampled", "every_option"))
             costs.append(Cost(size, batch, greedy, greedy / seconds[1, "greedy"], *ratios))
@@ -279,32 +248,71 @@ def plot(costs: list[Cost], path: str) -> None:
     plt.close(figure)
 
 
-@exit_on_bad_input
-def main() -> None:
-    """Entry point of ``python -m infer.profile``."""
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", help="Hugging Face folder or hub id (default: the demo)")
-    parser.add_argument("--drafter", help="folder of a drafter (default: the demo's)")
-    parser.add_argument("--tree-nodes", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
+    add_method(parser)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument(
+        "--tree-nodes", type=int, nargs="+", help="1 4 8 16 32 64; with --advise 2 instead of 1"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--advise",
+        action="store_true",
+        help="recommend a tree size for every batch size, or none, by held-out prompts",
+    )
+    parser.add_argument("--num-prompts", type=int, default=advice.PROMPTS, help="of --advise")
+    parser.add_argument("--max-new-tokens", type=int, default=advice.NEW_TOKENS, help="likewise")
     parser.add_argument("--bookkeeping", action="store_true", help="also beside a large model")
     parser.add_argument("--json", help="file to write the figures to")
     parser.add_argument("--plot", help="picture to draw (needs matplotlib, extra notebook)")
     arguments = parser.parse_args()
-    check_counts(arguments, ("repeats",))
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    check_counts(arguments, ("repeats", "num_prompts", "max_new_tokens"))
+    if min(arguments.batch) < 1:
+        raise InputError(f"--batch: expected at least 1, found {min(arguments.batch)}")
+    for name in ("plot", "bookkeeping"):
+        if arguments.advise and getattr(arguments, name):
+            raise InputError(f"--{name}: expected it or --advise, found both")
+    least = 2 if arguments.advise else 1
+    if min(arguments.tree_nodes or [least]) < least:
+        found = min(arguments.tree_nodes)
+        raise InputError(f"--tree-nodes: expected at least {least}, found {found}")
     check_json(arguments.json)
-    use_compilation_cache()
-    engine = Engine.from_pretrained(arguments.target, arguments.drafter)
-    folder = arguments.drafter or str(demo.drafter_folder())
+
+
+def _advise(engine: Engine, arguments: argparse.Namespace) -> None:
+    """Print a table and the advice for every batch size."""
+    engines = advice.candidates(
+        lambda nodes: with_drafts(engine, arguments, nodes), arguments.tree_nodes
+    )
+    prompts = advice.held_out(engine, {}, arguments.num_prompts)
+    given = (arguments.batch, arguments.repeats, arguments.max_new_tokens)
+    document = {**hardware(), "advice": []}
+    for one in advice.advise(engines, prompts, *given):
+        print(f"{advice.table(one)}\n{advice.sentence(one)}\n", flush=True)
+        document["advice"].append(dataclasses.asdict(one) | {"sentence": advice.sentence(one)})
+        if arguments.json:  # after every batch size: a run that is cut keeps what it has
+            write_document(arguments.json, document)
+
+
+def _costs(engine: Engine, arguments: argparse.Namespace) -> None:
+    """Print the costs of rounds, and draw them."""
     document = {**hardware(), "results": [], "bookkeeping": None}
-    costs: list[Cost] = []
-    for found in round_costs(
-        engine, folder, arguments.tree_nodes, arguments.batch, arguments.repeats
-    ):
+    nodes, costs = arguments.tree_nodes or [1, 4, 8, 16, 32, 64], []
+    engines = {n: with_drafts(engine, arguments, n) if n > 1 else engine.plain() for n in nodes}
+    if any(n > 1 and one.drafter.num_nodes == 1 for n, one in engines.items()):
+        raise InputError("--tree-nodes: expected --drafter or --method beside it, found neither")
+    for found in round_costs(engines, arguments.batch, arguments.repeats):
         costs += found
         document["results"] = [dataclasses.asdict(cost) for cost in costs]
-        if arguments.json:  # after every batch size: a run that is cut keeps what it has
+        if arguments.json:
             write_document(arguments.json, document)
     if arguments.bookkeeping:
         document["bookkeeping"] = bookkeeping(arguments.repeats)
@@ -313,6 +321,19 @@ def main() -> None:
         write_document(arguments.json, document)
     if arguments.plot:
         plot(costs, arguments.plot)
+
+
+@exit_on_bad_input
+def main() -> None:
+    """Entry point of ``python -m infer.profile``."""
+    arguments = _parse()
+    use_compilation_cache()
+    dtype = DTYPES[arguments.dtype]
+    if arguments.advise and arguments.dtype == "float32":
+        # As the programs decode that ask for advice.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    engine = Engine.from_pretrained(arguments.target or str(demo.target_folder()), dtype=dtype)
+    (_advise if arguments.advise else _costs)(engine, arguments)
 
 
 if __name__ == "__main__":

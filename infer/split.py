@@ -2,7 +2,7 @@
 
 Every part runs many times within one program, each time waiting for the one before, so that the
 cost of starting a program is left out. The whole round is also timed with its own tree handed to
-it for nothing: what is then missing is the drafter's. Medians of turns; see ``profile.in_turns``.
+it for nothing: what is then missing is the drafter's. Medians of turns; see ``rounds.in_turns``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ctc_spec_jax.types import (
     Params,
     Request,
 )
-from infer.profile import in_turns, round_state, round_timer
+from infer.rounds import in_turns, round_state, round_timer
 
 _ROUNDS = 16
 

@@ -33,7 +33,7 @@ from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
-from infer import chat, generate, profile
+from infer import chat, generate, profile, rounds
 from train import corpus, train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -573,7 +573,7 @@ def test_generate_streams(pair, call, capsys):
 
 def test_profile_end_to_end(pair, call, tmp_path, monkeypatch):
     """Every field of the JSON file, a picture, and bookkeeping beside a small model."""
-    monkeypatch.setattr(profile, "_ROUNDS", 2)
+    monkeypatch.setattr(rounds, "ROUNDS", 2)
     tiny = DecoderConfig(400, 32, 2, 4, 2, 8, 48, tied_embeddings=True)
     monkeypatch.setattr(
         profile, "bookkeeping", functools.partial(profile.bookkeeping, nodes=8, config=tiny)

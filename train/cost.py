@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ctc_spec_jax import memory, sharding
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.types import Params
-from infer.profile import in_turns
+from infer.rounds import in_turns
 from train import plan, step
 from train.config import Optim
 from train.log import peak_flops
