@@ -135,8 +135,8 @@ class DrafterObjective:
         up to their stops and to where they begin to loop. Of drafts that are drawn from a law:
         ``acceptance``, the share of drafted tokens that the decoder keeps by rejection at
         ``loss.temperature``, its standard error ``acceptance_error``, and ``acceptance_overlap``,
-        the mean of ``sum_v min(p, q)`` at the same places. Of drafters that write text:
-        ``own_text_overlap``, that mean over held-out answers that the drafter has drawn.
+        the mean of ``sum_v min(p, q)`` at the same places, if the loss measures it. Of drafters
+        that write text: ``own_text_overlap``, that mean over held-out answers that the drafter has drawn.
         """
         options = self.config.evaluation
         held = self.source.heldout_rows(options.rows, self.mesh)
@@ -174,7 +174,9 @@ class DrafterObjective:
         keys = jax.random.split(jax.random.key(0), len(rows["tokens"]))
         with jax.set_mesh(self.mesh):
             metrics = self._heldout(0.0, params, self.frozen, rows, keys)[1]
-        return found | {"acceptance_overlap": metrics["overlap"]}
+        if "overlap" in metrics:  # only a loss over all labels of a text has it
+            found = found | {"acceptance_overlap": metrics["overlap"]}
+        return found
 
     def export(self, params, folder: str, record: dict) -> None:
         """Write config.json, model.safetensors and training.json of the drafter, and ``params``.
