@@ -136,7 +136,8 @@ class DrafterObjective:
         ``acceptance``, the share of drafted tokens that the decoder keeps by rejection at
         ``loss.temperature``, its standard error ``acceptance_error``, and ``acceptance_overlap``,
         the mean of ``sum_v min(p, q)`` at the same places, if the loss measures it. Of drafters
-        that write text: ``own_text_overlap``, that mean over held-out answers that the drafter has drawn.
+        that write text: ``own_text_overlap``, that mean over held-out answers that the drafter has
+        drawn.
         """
         options = self.config.evaluation
         held = self.source.heldout_rows(options.rows, self.mesh)
