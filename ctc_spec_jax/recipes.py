@@ -112,7 +112,8 @@ def _ctc_drafter(network: CTCConfig, nodes: int, depth: int, tree: str) -> CTCDr
     if tree not in trees:
         raise InputError(f"tree: expected one of {', '.join(trees[1:])}, found {tree!r}")
     if tree == "transform":
-        return CTCDrafter(network, TransformTree(default_template(nodes, network.frames)))
+        template = default_template(nodes, network.frames, network.vocab_size + 1)
+        return CTCDrafter(network, TransformTree(template))
     return CTCDrafter(network, PrefixTree(nodes, min(depth, network.frames, nodes - 1)))
 
 
@@ -158,6 +159,7 @@ def _small_lm_drafter(network: DecoderConfig, nodes: int, depth: int, tree: str)
     first, depth = 1, _branches(nodes, depth)[1]
     if tree == "siblings":
         first, depth = _branches(nodes, min(depth, (nodes - 1) // 4))
+        first = min(first, network.vocab_size)  # siblings differ
     return SmallLM(DecoderLM(network), (first, *[1] * (depth - 1)), *_SMALL_LM_TREES[tree])
 
 
@@ -187,7 +189,7 @@ def _heads_drafter(kind: Callable[..., Any], trees: tuple[str, ...] = ("beam",))
         depth = min(depth, network.heads, nodes - 1)
         if tree != "static":
             return kind(network, nodes, depth)
-        template = default_template(nodes, depth)
+        template = default_template(nodes, depth, network.vocab_size)
         return kind(network, template.num_nodes, template.max_depth, template=template)
 
     return drafter

@@ -151,7 +151,8 @@ def diffusion_drafter(
     count = int(passes or network.passes or PASSES)
     if name == "siblings":
         depth = max(1, min(depth, (nodes - 1) // 4))
-        return DiffusionDrafter(network, Conditional((nodes - 1) // depth, depth, 1))
+        branches = min((nodes - 1) // depth, network.vocab_size)  # siblings differ
+        return DiffusionDrafter(network, Conditional(branches, depth, 1))
     chains = {
         "marginal": Conditional(1, depth, 1),
         "conditional": Conditional(1, depth, count),

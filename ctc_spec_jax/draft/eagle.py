@@ -115,6 +115,6 @@ def eagle_drafter(network: EagleConfig, nodes: int, depth: int, tree: str) -> Ea
     if tree == "sampled":
         return EagleDrafter(network, depth + 1, depth, sampled=True)
     if tree == "static":
-        template = default_template(nodes, depth)
+        template = default_template(nodes, depth, network.vocab_size)
         return EagleDrafter(network, template.num_nodes, template.max_depth, template=template)
     return EagleDrafter(network, nodes, depth, beam=BEAM)

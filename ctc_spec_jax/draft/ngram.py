@@ -117,7 +117,7 @@ class PromptLookup:
         match = jnp.sum(jnp.cumprod(same.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
         match = jnp.where(place < length, match, 0)
         score = jnp.where(match > 0, match * tokens.shape[0] + place, 0)
-        best, ends = jax.lax.top_k(score, self.branches)
+        best, ends = best_of(score, self.branches)
         ahead = jnp.arange(self.max_depth, dtype=jnp.int32)
         period = jnp.maximum(length - ends, 1)[:, None]
         phrases = tokens[ends[:, None] + 1 + ahead[None] % period]
@@ -183,11 +183,18 @@ def insert(pool: Pool, key, phrase, wanted) -> Pool:
     return Pool(put(pool.keys, key), put(pool.phrases, phrase), put(pool.ages, clock), clock)
 
 
+def best_of(scores, count: int) -> tuple[jax.Array, jax.Array]:
+    """The ``count`` largest of scores int32 [K], falling, and where they stand; zeros past K."""
+    values, index = jax.lax.top_k(scores, min(count, len(scores)))
+    missing = (0, count - len(values))
+    return jnp.pad(values, missing), jnp.pad(index, missing)
+
+
 def newest(pool: Pool, key, count: int):
     """Phrases int32 [count, W] after ``key`` int32 [], newest first, and bool [count] if there."""
     bucket = key % pool.keys.shape[0]
     ages = jnp.where(pool.keys[bucket] == key, pool.ages[bucket], 0)
-    found, way = jax.lax.top_k(ages, count)
+    found, way = best_of(ages, count)
     return pool.phrases[bucket][way], found > 0
 
 

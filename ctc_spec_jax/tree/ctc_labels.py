@@ -42,7 +42,8 @@ class LabelTree:
 
     def __call__(self, log_probs, pending, bias: Bias):
         """(tokens, parents, valid), each [N], of log_probs [F, V+1] and the pending token []."""
-        sizes = (self.num_nodes, self.max_depth, self.top_k)
+        tokens = log_probs.shape[1] - 1
+        sizes = (self.num_nodes, self.max_depth, min(self.top_k, tokens))
         return prefix_tree(log_probs, pending, bias, *sizes)[:3]
 
 

@@ -27,7 +27,8 @@ F draft frames, W states of a level, C candidate tokens.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ class PrefixTree:
             pending,
             num_nodes=self.num_nodes,
             max_depth=self.max_depth,
-            top_k=self.top_k,
+            top_k=min(self.top_k, log_probs.shape[1] - 1),
             beam=self.beam or None,
         )[:3]
 
@@ -201,8 +202,11 @@ def stay(enter: jax.Array, probs: jax.Array) -> jax.Array:
     return total
 
 
-def select(levels: list[_Level], num_nodes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The best nodes of all levels: mass, label and parent slot, each [N], by falling mass."""
+def select(levels: Sequence[Any], num_nodes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best nodes of all levels: mass, label and parent slot, each [N], by falling mass.
+
+    A level has ``mass``, ``label`` and ``parent``, each [W]; see ``_Level``.
+    """
     offsets = np.cumsum([0] + [len(level.mass) for level in levels[:-1]])
     above = [0, *offsets[:-1].tolist()]
     missing = (0, max(num_nodes - sum(len(level.mass) for level in levels), 0))

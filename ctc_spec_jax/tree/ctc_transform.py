@@ -22,19 +22,23 @@ from ctc_spec_jax.tree.build import (
 from ctc_spec_jax.types import NO_PARENT, ROOT
 
 
-def default_template(num_nodes: int = 64, num_frames: int = 4) -> Template:
+def default_template(num_nodes: int = 64, num_frames: int = 4, classes: int = 10) -> Template:
     """A template of a given size.
 
     64 nodes over at least 4 frames get the published node counts per depth; any other size gets
-    the most probable paths of ``zipf_template``.
+    the most probable paths of ``zipf_template``, or all paths where there are fewer.
 
     Args:
         num_nodes: N, root included, at least 2.
         num_frames: F, the deepest a path may be.
+        classes: how many there are; at most 10 ranks of them are used.
     """
-    if num_nodes == sum(PUBLISHED_COUNTS) + 1 and num_frames >= len(PUBLISHED_COUNTS):
+    ranks = min(10, classes)
+    published = num_nodes == sum(PUBLISHED_COUNTS) + 1 and num_frames >= len(PUBLISHED_COUNTS)
+    if published and ranks == 10:
         return counted_template(PUBLISHED_COUNTS)
-    return zipf_template(num_nodes, num_frames)
+    paths = sum(ranks**depth for depth in range(1, num_frames + 1))
+    return zipf_template(min(num_nodes, 1 + paths), num_frames, ranks)
 
 
 @dataclasses.dataclass(frozen=True)
