@@ -63,7 +63,11 @@ PARAMETERS: dict[str, Axes] = {
 }
 """Parameter name, without its layer or head, -> logical axes; all others are small and copied."""
 
-TPU_ORDER = dict.fromkeys(("qkv", "context_kv", "cross_query"), (1, 2, 0, 3))
+TPU_ORDER: dict[str, tuple[int, ...]] = {
+    "qkv": (1, 2, 0, 3),
+    "context_kv": (1, 2, 0, 3),
+    "cross_query": (1, 2, 0, 3),
+}
 """Dimensions of a parameter in the memory of a TPU, from the largest stride to the smallest.
 
 A TPU pads the last two to tiles of 8 x 128 or so. As written, [D, K, G+2, C], that is up to twice
