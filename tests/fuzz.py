@@ -2,6 +2,8 @@
 
 python -m tests.fuzz --requests 10000 --seed 0
 python -m tests.fuzz --seed 0 --only 4711     (one request again, as a failure prints it)
+python -m tests.fuzz --methods all            (drafters of every row of ``recipes.RECIPES``)
+python -m tests.fuzz --methods pearl:sampled  (one of them, and how it builds its trees)
 
 Every request is drawn from the seed and its number alone. The library decodes a batch; then every
 row is replayed: one full forward of the target without a cache gives the raw scores before every
@@ -33,8 +35,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ctc_spec_jax import decode as decoding
-from ctc_spec_jax import stops
+from ctc_spec_jax import recipes, stops
 from ctc_spec_jax.decode import Loop, NoDraft
+from ctc_spec_jax.draft.training import Shape
 from ctc_spec_jax.models.decoder import output_logits
 from ctc_spec_jax.types import (
     CACHE_FULL,
@@ -78,6 +81,29 @@ REASONS = {
     OUT_OF_BUDGET: "budget",
     CACHE_FULL: "cache full",
 }
+
+
+def of_method(name: str) -> tuple[Loop, Any]:
+    """The loop of a method of ``recipes`` with its own rule, and parameters of its drafter.
+
+    ``name`` may end in a colon and a way to build trees. A language model is the target with
+    noise, so that its drafts are often right but not always; other parameters are fresh ones.
+    """
+    method, _, tree = name.partition(":")
+    lm, params = tiny_target()
+    recipe, key = recipes.find(method), jax.random.key(5)
+    layers = lm.config.num_layers if recipe.language_model else 1
+    network = recipe.network(lm.config, Shape(layers=layers, frames=4))
+    drafter = recipe.drafter(network, 12, 4, tree)
+    if recipe.language_model:
+        leaves, structure = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        noise = [1 + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+        own = jax.tree.unflatten(structure, [x * n for x, n in zip(leaves, noise, strict=True)])
+    else:
+        own = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, drafter.init_params(key))
+    rule = recipes.verifier("", drafter)
+    return dataclasses.replace(PLAIN, drafter=drafter, verifier=rule), own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,11 +273,18 @@ class Fuzzer:
     """Programs, traced anew for every fuzzer, and what the reference needs.
 
     ``loops`` are those of successive batches. ``guesser`` is a jitted decode of ``PLAIN`` that
-    makes the text for the oracles; by default the fuzzer's own.
+    makes the text for the oracles; by default the fuzzer's own. ``drafters`` are the parameters of
+    drafters that are none, by loop.
     """
 
-    def __init__(self, seed: int, loops: tuple[Loop, ...] = LOOPS, guesser: Any = None):
-        self.seed, self.loops = seed, loops
+    def __init__(
+        self,
+        seed: int,
+        loops: tuple[Loop, ...] = LOOPS,
+        guesser: Any = None,
+        drafters: dict[Loop, Any] | None = None,
+    ):
+        self.seed, self.loops, self.drafters = seed, loops, drafters or {}
         self.lm, self.params = tiny_target()
         self.programs = {
             loop: jax.jit(functools.partial(decoding.decode, loop)) for loop in {*loops, PLAIN}
@@ -281,7 +314,9 @@ class Fuzzer:
         cases = [
             aim(case, self.seed, text) for case, text in zip(cases, plain.tolist(), strict=True)
         ]
-        guess = () if loop.drafter == NoDraft() else self.guess(cases, plain)
+        guess = self.drafters.get(loop, ())
+        if isinstance(loop.drafter, OracleTree | OracleAhead):
+            guess = self.guess(cases, plain)
         request = build_request(cases, self.seed)
         out = self.programs[loop](self.params, guess, prompts, lengths, request)
         out = jax.tree.map(np.asarray, out)
@@ -328,8 +363,8 @@ class Fuzzer:
             summary.failures.append(
                 f"{case}\n  drafter {name} {loop.drafter.max_depth}, tokens "
                 f"{out.tokens.tolist()}, finish {out.finish}, emitted {out.stats.emitted.tolist()}"
-                f"\n  {error}\n  again: python -m tests.fuzz --seed {self.seed} --only "
-                f"{case.number}"
+                f"\n  {error}\n  again, with the same --methods: python -m tests.fuzz "
+                f"--seed {self.seed} --only {case.number}"
             )
         summary.near_ties += bool(ties)
         summary.near_thresholds += bool(thresholds)
@@ -383,10 +418,12 @@ def check_bookkeeping(loop: Loop, case: Case, out: GenerateOutput) -> None:
     assert int(stats.rounds) == len(emitted), f"rounds {stats.rounds}, emitted {emitted}"
     assert stats.emitted[: len(emitted)].tolist() == emitted, "an empty round"
     assert sum(emitted) == length, f"emitted {emitted}, length {length}"
-    waits = not isinstance(loop.drafter, OracleAhead)  # then a round ends with the target's token
+    waits = not hasattr(loop.drafter, "ahead")  # then a round ends with the target's token
     most = deepest + 1 if waits else max(deepest, 1)
     assert max(emitted, default=0) <= most, f"emitted {emitted}, depth {deepest}"
     assert not drafted[length:].any(), "drafted past the length"
+    refused: Any = out.record.refused
+    assert not (refused & drafted).any() and not refused[length:].any(), "refused drafted tokens"
     accepted, place = np.zeros(loop.drafter.max_depth, int), 0
     for count in emitted:
         kept = drafted[place : place + count]
@@ -468,12 +505,22 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10000, help="how many (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the requests (default: 0)")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this request alone")
+    parser.add_argument("--methods", metavar="NAMES", help="drafters of these, or of all")
     args = parser.parse_args()
+    fields: dict[str, Any] = {"progress": args.only is None}
+    if args.methods:
+        names = [*recipes.RECIPES] if args.methods == "all" else args.methods.split(",")
+        fields["drafters"] = dict(map(of_method, names))
+        fields["loops"] = tuple(fields["drafters"])
     # An accelerator would round products of float32 to far less.
     jax.config.update("jax_default_matmul_precision", "highest")
     alone = args.only is not None
     summary = run(
-        1 if alone else args.requests, args.seed, args.only if alone else 0, progress=not alone
+        1 if alone else args.requests,
+        args.seed,
+        args.only if alone else 0,
+        progress=not alone,
+        **fields,
     )
     for failure in summary.failures:
         print(failure)

@@ -28,6 +28,14 @@ def test_every_request_decodes_like_the_reference(guesser):
     assert summary.near_ties + summary.near_thresholds < 5
 
 
+def test_a_method_decodes_like_the_reference(guesser):
+    """Any row of ``recipes.RECIPES`` can stand in the place of the oracles."""
+    loop, params = fuzz.of_method("ngram_pool")
+    summary = fuzz.run(64, 2, loops=(loop,), guesser=guesser, drafters={loop: params})
+    assert not summary.failures, "\n".join([*summary.failures, summary.line()])
+    assert summary.requests == 64 and summary.drafted > summary.tokens / 20
+
+
 def _cut(monkeypatch, change):
     """Plant a change of the result of ``accept.cut``; it gets the arguments and the result."""
     original = accept.cut

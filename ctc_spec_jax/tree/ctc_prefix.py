@@ -222,6 +222,7 @@ def select(levels: Sequence[Any], num_nodes: int) -> tuple[jax.Array, jax.Array,
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Product of float32 matrices in full precision."""
     # Accelerators would round the factors to bfloat16 or TF32, and masses would lose their order.
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
