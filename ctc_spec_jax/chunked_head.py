@@ -96,7 +96,7 @@ def chunked_labelled_log_probs(
         logits = product("afd,dv->afv", hidden, head.astype(hidden.dtype))
         blank = product("afd,d->af", hidden, blank_row.astype(hidden.dtype)) + widen(bias)
         normaliser = jnp.logaddexp(jax.nn.logsumexp(logits, axis=-1), blank)
-        _, best = lax.top_k(lax.stop_gradient(logits), top_k)
+        _, best = lax.top_k(lax.stop_gradient(logits), min(top_k, head.shape[1]))
         known = jnp.clip(text, 0, head.shape[1] - 1).astype(best.dtype)
         ids = best.reshape(len(best), -1)  # [a, U]
         index = jnp.arange(ids.shape[1], dtype=jnp.int32)

@@ -61,7 +61,8 @@ def label_drafter(network: LabelConfig, nodes: int, depth: int, tree: str) -> La
     """A drafter of the most probable prefixes; ``tree`` knows one way."""
     if tree not in ("", "prefix"):
         raise InputError(f"tree: expected prefix, found {tree!r}")
-    return LabelDrafter(network, LabelTree(nodes, min(depth, network.frames, nodes - 1)))
+    builder = LabelTree(nodes, min(depth, network.frames, nodes - 1), CANDIDATES)
+    return LabelDrafter(network, builder)
 
 
 class LabelNetwork(CTCNetwork):

@@ -34,11 +34,14 @@ Bias = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class LabelTree:
-    """The ``num_nodes`` most probable prefixes of the lattice; see ``prefix_tree``."""
+    """The ``num_nodes`` most probable prefixes of the lattice; see ``prefix_tree``.
+
+    ``top_k`` is part of the law: as many as in training.
+    """
 
     num_nodes: int = 16
     max_depth: int = 8
-    top_k: int = 8
+    top_k: int = 16
 
     def __call__(self, log_probs, pending, bias: Bias):
         """(tokens, parents, valid), each [N], of log_probs [F, V+1] and the pending token []."""
