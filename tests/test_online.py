@@ -372,6 +372,8 @@ def test_program_refuses_what_it_cannot_do(place, capsys):
         (["--rate", "0.1"], "--out: expected rate 0.05 as in"),
         (["--every", "0"], "--every: expected at least 1, found 0"),
         (["--keep", "1"], "--keep: expected at least --every, found 1"),
+        (["--keep", "0"], "--keep: expected at least --every, found 0"),
+        (["--rate", "inf"], "--rate and --loss-temperature: expected numbers above 0, found"),
     ):
         with pytest.raises(SystemExit) as exit_:
             run_program(place, "whole", *more)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import pathlib
 import re
 import sys
@@ -77,14 +78,15 @@ def _parse() -> argparse.Namespace:
     group.add_argument("--checkpoint-every", type=int, default=64, help="requests")
     cli.add_options(parser)
     arguments = parser.parse_args()
-    arguments.keep = arguments.keep or arguments.every
+    if arguments.keep is None:
+        arguments.keep = arguments.every
     for name in ("every", "window", "checkpoint_every", "anchors", "max_new_tokens"):
         if getattr(arguments, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag}: expected at least 1, found {getattr(arguments, name)}")
     if arguments.keep < arguments.every:
         raise InputError(f"--keep: expected at least --every, found {arguments.keep}")
-    if not (arguments.rate > 0 and arguments.loss_temperature > 0):
+    if not all(0 < x < math.inf for x in (arguments.rate, arguments.loss_temperature)):
         raise InputError("--rate and --loss-temperature: expected numbers above 0, found another")
     if arguments.drafter is None:
         raise InputError("--drafter: expected the folder of a drafter that can learn, found none")
