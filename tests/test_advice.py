@@ -262,10 +262,11 @@ def test_profile_advises(target, call, tmp_path):
 
 def test_generate_takes_the_advice(target, call, tmp_path, monkeypatch):
     """Of the prompts that it decodes; plainly where drafting does not pay, with the same text."""
-    asked, results = [], {}
+    asked, results, prices = [], {}, iter((0.01, 50.0))
 
     def costs(engines, given, batch, repeats):
         asked.append((len(given), batch))
+        cost = next(prices)
         return {2: 2 * cost, 4: cost}
 
     monkeypatch.setattr(advice, "round_costs", costs)
@@ -275,7 +276,7 @@ def test_generate_takes_the_advice(target, call, tmp_path, monkeypatch):
     file.write_text("\n".join(map(json.dumps, rows)))
     places = ("--target", target, *METHOD, "--prompts", file, "--json", out)
     numbers = ("--max-new-tokens", 12, "--repeats", 1, "--batch", 8)
-    for cost, nodes in ((0.01, 4), (50.0, 1)):
+    for nodes in (4, 1):
         printed = call(generate, *places, *numbers, "--tree-nodes", "auto")
         lines = [line for line in printed.err.splitlines() if line.startswith("--tree-nodes")]
         assert len(lines) == 1 and ("do not speculate" in lines[0]) == (nodes == 1)
