@@ -4,7 +4,7 @@ import json
 import pathlib
 
 from ctc_spec_jax import demo
-from infer import compile, profile
+from infer import compile, profile, report
 from infer.generate import Result, table
 from train import compile as train_compile
 
@@ -26,6 +26,13 @@ def test_readme_shows_the_cost_of_rounds():
     assert all(cost.every_option <= 1.105 for cost in costs if cost.nodes >= 8)
     assert max(cost.every_option for cost in costs) <= 1.205
     assert measured["bookkeeping"]["share"] <= 0.15
+
+
+def test_readme_shows_the_methods():
+    """Greedy answers of every method are those of plain decoding."""
+    document = json.loads((README.parent / "benchmarks" / "methods.json").read_text())
+    assert report.text(document) in README.read_text()
+    assert {row["identical"] for row in document["results"] if not row["temperature"]} == {True}
 
 
 def test_docs_show_the_compiled_decodes():
