@@ -72,6 +72,15 @@ def use_compilation_cache() -> None:
     print(f"compiled programs are kept in {folder}", file=sys.stderr)
 
 
+def use_precision(dtype: str) -> None:
+    """Exact products for ``--dtype float32``.
+
+    Accelerators round their inputs by default, which can swap near ties.
+    """
+    if dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
 _DEPTH = 8
 """Deepest node of drafts that no folder gives a depth."""
 

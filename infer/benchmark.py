@@ -20,12 +20,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from ctc_spec_jax import demo, recipes
-from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache
+from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache, use_precision
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
@@ -243,9 +242,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Bench, list[str]]:
 
     Turns that are too long for the target are left out, which is noted on standard error.
     """
-    if arguments.dtype == "float32":
-        # Accelerators round the inputs of float32 products by default, which can swap near ties.
-        jax.config.update("jax_default_matmul_precision", "highest")
+    use_precision(arguments.dtype)
     if arguments.target is None:
         taken = methods.by_method(arguments.drafters)
         own = [f for f in methods.demo_folders() if not methods.by_method([f]).keys() & taken]

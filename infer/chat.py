@@ -12,8 +12,6 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-import jax
-
 from ctc_spec_jax import demo
 from ctc_spec_jax.cli import (
     DTYPES,
@@ -23,6 +21,7 @@ from ctc_spec_jax.cli import (
     option_fields,
     painted,
     use_compilation_cache,
+    use_precision,
     with_drafts,
 )
 from ctc_spec_jax.engine import Engine
@@ -91,9 +90,7 @@ def main() -> None:
     """Entry point of ``python -m infer.chat``."""
     arguments = _parse()
     use_compilation_cache()
-    if arguments.dtype == "float32":
-        # Accelerators round the inputs of float32 products by default, which can swap near ties.
-        jax.config.update("jax_default_matmul_precision", "highest")
+    use_precision(arguments.dtype)
     dtype = DTYPES[arguments.dtype]
     target = arguments.target or str(demo.target_folder())
     sizes = advice.tree_sizes([arguments.tree_nodes])

@@ -21,7 +21,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import jax
 from tqdm import tqdm
 
 from ctc_spec_jax import demo
@@ -33,6 +32,7 @@ from ctc_spec_jax.cli import (
     option_fields,
     painted,
     use_compilation_cache,
+    use_precision,
     with_drafts,
 )
 from ctc_spec_jax.engine import Engine, Generation
@@ -263,9 +263,7 @@ def main() -> None:
     arguments = _parse()
     use_compilation_cache()
     dtype = DTYPES[arguments.dtype]
-    if arguments.dtype == "float32":
-        # Accelerators round the inputs of float32 products by default, which can swap near ties.
-        jax.config.update("jax_default_matmul_precision", "highest")
+    use_precision(arguments.dtype)
     target = arguments.target or str(demo.target_folder())
     engine = Engine.from_pretrained(target, dtype=dtype)
     sizes = arguments.tree_nodes

@@ -33,6 +33,7 @@ from ctc_spec_jax.cli import (
     add_method,
     exit_on_bad_input,
     use_compilation_cache,
+    use_precision,
     with_drafts,
 )
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
@@ -329,9 +330,8 @@ def main() -> None:
     arguments = _parse()
     use_compilation_cache()
     dtype = DTYPES[arguments.dtype]
-    if arguments.advise and arguments.dtype == "float32":
-        # As the programs decode that ask for advice.
-        jax.config.update("jax_default_matmul_precision", "highest")
+    if arguments.advise:  # as the programs decode that ask for it
+        use_precision(arguments.dtype)
     engine = Engine.from_pretrained(arguments.target or str(demo.target_folder()), dtype=dtype)
     (_advise if arguments.advise else _costs)(engine, arguments)
 

@@ -57,7 +57,7 @@ def choose_prompts(
             _check(engine, prompt)
         return found, []
     prompts, problems = [], []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -92,7 +92,12 @@ def columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     }
 
 
-def _lines(path: str) -> list[bytes]:
+def read_lines(path: str) -> list[bytes]:
+    """Lines of a file of prompts.
+
+    Raises:
+      InputError: it cannot be read.
+    """
     try:
         return pathlib.Path(path).read_bytes().splitlines()
     except OSError as error:

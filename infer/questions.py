@@ -15,7 +15,7 @@ from typing import Any
 
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
-from infer.prompts import heldout_prompts
+from infer.prompts import heldout_prompts, read_lines
 
 _CONTEXT_ROWS = 8
 
@@ -60,7 +60,7 @@ def read_questions(paths: Sequence[str], limit: int | None) -> tuple[list[Questi
     problems: list[str] = []
     for path in paths:
         mine: list[Question] = []
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(read_lines(path), 1):
             if not line.strip():
                 continue
             try:
@@ -89,15 +89,6 @@ def in_turns_of_categories(questions: Sequence[Question]) -> list[Question]:
         rows.setdefault(question.category, []).append(question)
     columns = itertools.zip_longest(*rows.values())
     return [question for column in columns for question in column if question is not None]
-
-
-def _lines(path: str) -> list[bytes]:
-    try:
-        return pathlib.Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(
-            f"--prompts: expected a readable file, found {path} ({error.strerror})"
-        ) from error
 
 
 def _parse(line: bytes, number: int, name: str) -> Question:

@@ -6,6 +6,11 @@ Shape letters: B batch, N tree nodes, M max depth, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -144,6 +149,22 @@ class OracleTree:
     def commit(self, params, state, context, output, acceptance):
         del params, context, output, acceptance
         return state
+
+
+def printed_lines(module: str) -> list[dict]:
+    """What a module of virtual devices prints in a process of its own, a JSON object per line."""
+    inherited = {name: os.environ[name] for name in os.environ if name != "TPU_LIBRARY_PATH"}
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        cwd=pathlib.Path(__file__).parents[1],
+        env=inherited,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @dataclasses.dataclass(frozen=True)

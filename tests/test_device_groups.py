@@ -1,10 +1,6 @@
 """Target and drafter on virtual devices of their own decode as one device does."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,25 +11,14 @@ from ctc_spec_jax.decode import Loop, NoDraft
 from ctc_spec_jax.device_groups import Groups, decode_on
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.verify import TargetSample
-from tests.helpers import make_request, tiny_target
+from tests.helpers import make_request, printed_lines, tiny_target
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_answers_are_those_of_one_device():
     """Tokens, rounds, acceptance and ends, bit for bit; they lie on the target's group."""
-    inherited = {name: os.environ[name] for name in os.environ if name != "TPU_LIBRARY_PATH"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.mesh_groups"],
-        cwd=ROOT,
-        env=inherited,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = printed_lines("tests.mesh_groups")
     assert [line["sizes"] for line in lines] == [[1, 1], [2, 2], [1, 3]]
     for line in lines:
         assert line["same"] and line["on_target"], line

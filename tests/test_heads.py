@@ -75,10 +75,9 @@ def rows_of(truth, lengths):
     return {name: jnp.asarray(x) for name, x in (batch | {"trained": real}).items()}
 
 
-def fitted(lm, params, drafter, batch, steps=40):
+def fitted(loss, params, batch, rate, steps=40):
     """Parameters after some steps on the very text that will be decoded."""
-    loss = HeadsLoss(lm, drafter, Loss(labels=HEADS, decay=1.0, chunk=64), 8)
-    update = optax.adam(5e-2)
+    update = optax.adam(rate)
 
     def step(carry, key):
         draft_params, state = carry
@@ -93,7 +92,7 @@ def fitted(lm, params, drafter, batch, steps=40):
         return jax.lax.scan(step, carry, jax.random.split(jax.random.key(1), steps))[0][0]
 
     with jax.numpy_dtype_promotion("standard"):
-        return run_steps(drafter.init_params(jax.random.key(0)))
+        return run_steps(loss.drafter.init_params(jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,12 @@ def fits(setting):
     """Fitted parameters by name of a case, made once."""
     lm, params, _, lengths, _, truth = setting
     rows = rows_of(truth, lengths)
-    return functools.cache(lambda name: fitted(lm, params, drafter_of(lm, name), rows))
+    weights = Loss(labels=HEADS, decay=1.0, chunk=64)
+
+    def fit(name):
+        return fitted(HeadsLoss(lm, drafter_of(lm, name), weights, 8), params, rows, 5e-2)
+
+    return functools.cache(fit)
 
 
 @pytest.mark.parametrize("name", DECODED)

@@ -1,12 +1,10 @@
 """A training step on eight virtual devices equals that of one; checkpoints move between meshes."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
+
+from tests.helpers import printed_lines
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -14,18 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def lines() -> list[dict]:
     """What ``tests.mesh_training`` prints in a process of its own."""
-    inherited = {name: os.environ[name] for name in os.environ if name != "TPU_LIBRARY_PATH"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.mesh_training"],
-        cwd=ROOT,
-        env=inherited,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return printed_lines("tests.mesh_training")
 
 
 def test_gradients_and_metrics_equal_those_of_one_device(lines):

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from ctc_spec_jax import decode, folders, recipes, sharding
@@ -25,7 +24,7 @@ from ctc_spec_jax.tree import best_paths
 from ctc_spec_jax.types import DraftContext
 from ctc_spec_jax.verify import Greedy
 from tests.helpers import VOCAB, make_request, plain_text, ragged_prompts, run, tiny_target
-from tests.test_heads import Tokenizer, random_params, rows_of
+from tests.test_heads import Tokenizer, fitted, random_params, rows_of
 
 NEW, STEPS = 20, 3
 METHODS = ("glide", "eagle")
@@ -203,34 +202,14 @@ def test_passes_of_decoding_are_those_of_training(setting, name):
     assert tree.valid.all() and drafter.states_law
 
 
-def fitted(lm, params, drafter, batch, steps=40):
-    """Parameters after some steps on the very text that will be decoded."""
-    loss = SequentialLoss(lm, drafter, Loss(labels=STEPS, decay=1.0, chunk=64), 8)
-    update = optax.adam(2e-2)
-
-    def step(carry, key):
-        draft_params, state = carry
-        keys = jax.random.split(key, len(batch["tokens"]))
-        grads = jax.grad(lambda p: loss.loss(p, params, batch, keys)[0])(draft_params)
-        change, state = update.update(grads, state)
-        return (optax.apply_updates(draft_params, change), state), None
-
-    @jax.jit
-    def run_steps(draft_params):
-        carry = draft_params, update.init(draft_params)
-        return jax.lax.scan(step, carry, jax.random.split(jax.random.key(1), steps))[0][0]
-
-    with jax.numpy_dtype_promotion("standard"):
-        return run_steps(drafter.init_params(jax.random.key(0)))
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_training_raises_what_is_accepted(setting, name):
     """Any parameters give the text of plain decoding, trained ones in fewer rounds."""
     lm, params, prompts, lengths, plain, truth = setting
     drafter = drafter_of(lm, name)
     before = drafter.init_params(jax.random.key(0))
-    after = fitted(lm, params, drafter, rows_of(truth, lengths))
+    loss = SequentialLoss(lm, drafter, Loss(labels=STEPS, decay=1.0, chunk=64), 8)
+    after = fitted(loss, params, rows_of(truth, lengths), 2e-2)
     rounds = []
     for draft_params in (before, after):
         result = run(lm, params, drafter, draft_params, prompts, lengths, NEW)

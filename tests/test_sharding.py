@@ -1,10 +1,6 @@
 """Decoding on eight virtual devices is decoding on one; where arrays lie and what travels."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +13,7 @@ from ctc_spec_jax import sharding
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.tree import build
 from ctc_spec_jax.types import StopStrings
-from tests.helpers import make_request
+from tests.helpers import make_request, printed_lines
 
 ROOT = pathlib.Path(__file__).parents[1]
 MESH = AbstractMesh((2, 3, 4), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -26,18 +22,7 @@ MESH = AbstractMesh((2, 3, 4), sharding.MESH_AXES, axis_types=(AxisType.Auto,) *
 @pytest.fixture(scope="module")
 def lines() -> list[dict]:
     """What ``tests.mesh_decode`` prints in a process of its own."""
-    inherited = {name: os.environ[name] for name in os.environ if name != "TPU_LIBRARY_PATH"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.mesh_decode"],
-        cwd=ROOT,
-        env=inherited,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return printed_lines("tests.mesh_decode")
 
 
 def test_greedy_answers_equal_those_of_one_device(lines):

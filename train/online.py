@@ -26,14 +26,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
 from tqdm import tqdm
 
 from ctc_spec_jax import cli, folders, recipes, sharding
-from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache
+from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache, use_precision
 from ctc_spec_jax.draft.training import DIVERGENCES, Loss
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
@@ -302,9 +301,7 @@ def main() -> None:
     """Entry point of ``python -m train.online``."""
     arguments = _parse()
     use_compilation_cache()
-    if arguments.dtype == "float32":
-        # Accelerators round the inputs of float32 products by default, which can swap near ties.
-        jax.config.update("jax_default_matmul_precision", "highest")
+    use_precision(arguments.dtype)
     engine = load(arguments)
     prompts, problems = read_prompts(arguments.prompts, first_turn=True)
     requests, refused, _ = prepare(engine, prompts, arguments.max_new_tokens)

@@ -23,7 +23,7 @@ import jax
 import jinja2
 
 from ctc_spec_jax import demo, options
-from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache
+from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache, use_precision
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
@@ -203,9 +203,7 @@ def main() -> None:
     """Entry point of ``python -m train.regenerate``."""
     arguments = _parse()
     use_compilation_cache()
-    if arguments.dtype == "float32":
-        # Accelerators round the inputs of float32 products by default, which can swap near ties.
-        jax.config.update("jax_default_matmul_precision", "highest")
+    use_precision(arguments.dtype)
     engine = load(arguments)
     prompts, problems = find_prompts(arguments, engine)
     totals, fields = Totals(), fields_of(arguments)

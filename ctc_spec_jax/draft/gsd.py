@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ctc_spec_jax.draft.small_lm import SmallLM, proposal_law
+from ctc_spec_jax.draft.small_lm import OfLanguageModel, SmallLM, proposal_law
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM, output_logits
@@ -43,7 +43,7 @@ from ctc_spec_jax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class GSD:
+class GSD(OfLanguageModel):
     """The ``Drafter``: ``layers`` passes at most make a graph of at most N nodes, and it a tree.
 
     ``children`` candidates of every node are looked at, of at most ``width`` nodes of a layer.
@@ -60,18 +60,9 @@ class GSD:
     taps: tuple[int, ...] = (0,)
 
     @property
-    def config(self) -> DecoderConfig:
-        """Of the small model."""
-        return self.lm.config
-
-    @property
     def _reader(self) -> SmallLM:
         """What reads the text."""
         return SmallLM(self.lm, (1,))
-
-    def init_params(self, key) -> Params:
-        """Fresh float32 parameters. ``key`` is consumed."""
-        return self.lm.init(key)
 
     def init(self, params: Params, context: DraftContext, taps):
         """Pass over the prompt; see ``types.Drafter``."""

@@ -44,7 +44,7 @@ from ctc_spec_jax.draft.ngram import (
     insert_runs,
     newest,
 )
-from ctc_spec_jax.draft.small_lm import SmallLM
+from ctc_spec_jax.draft.small_lm import OfLanguageModel, SmallLM
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM, output_logits
@@ -97,7 +97,7 @@ def _layout(chain: int, width: int, phrases: int, length: int) -> _Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ouroboros:
+class Ouroboros(OfLanguageModel):
     """The ``Drafter``: ``length`` tokens of the small model, then ``tails`` phrases of ``phrase``.
 
     ``width`` columns of the window and ``ways`` phrases of a token are looked at in every pass;
@@ -115,11 +115,6 @@ class Ouroboros:
     taps: tuple[int, ...] = (0,)
 
     @property
-    def config(self) -> DecoderConfig:
-        """Of the small model."""
-        return self.lm.config
-
-    @property
     def max_depth(self) -> int:
         """M."""
         return self.length + (self.phrase if self.tails else 0)
@@ -133,10 +128,6 @@ class Ouroboros:
     def _reader(self) -> SmallLM:
         """What reads the text."""
         return SmallLM(self.lm, (1,))
-
-    def init_params(self, key) -> Params:
-        """Fresh float32 parameters. ``key`` is consumed."""
-        return self.lm.init(key)
 
     def init(self, params: Params, context: DraftContext, taps):
         """Pass over the prompt, a window of its tokens, no phrases; see ``types.Drafter``."""

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ctc_spec_jax import overlap
-from ctc_spec_jax.draft.small_lm import Best, Draw, Drawn, proposal_law
+from ctc_spec_jax.draft.small_lm import Best, Draw, Drawn, OfLanguageModel, proposal_law
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import kv_cache
 from ctc_spec_jax.models.config import DecoderConfig
@@ -37,7 +37,7 @@ from ctc_spec_jax.verify import first_argmax
 
 
 @dataclasses.dataclass(frozen=True)
-class AheadLM:
+class AheadLM(OfLanguageModel):
     """The ``overlap.AheadDrafter``: chains of ``max_depth`` tokens of a small language model."""
 
     lm: DecoderLM
@@ -61,11 +61,6 @@ class AheadLM:
             )
 
     @property
-    def config(self) -> DecoderConfig:
-        """Of the small model."""
-        return self.lm.config
-
-    @property
     def num_nodes(self) -> int:
         """N, root included."""
         return self.max_depth + 1
@@ -74,10 +69,6 @@ class AheadLM:
     def states_law(self) -> bool:
         """Whether chains hold the laws that they were drawn from."""
         return self.draw.states_law
-
-    def init_params(self, key) -> Params:
-        """Fresh float32 parameters. ``key`` is consumed."""
-        return self.lm.init(key)
 
     def prefill(self, params: Params, tokens, lengths, num_slots: int):
         """See ``overlap.AheadDrafter``."""

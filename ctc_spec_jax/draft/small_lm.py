@@ -157,8 +157,23 @@ class _Draft(NamedTuple):
     laws: jax.Array | None  # float [B, N, V]
 
 
+class OfLanguageModel:
+    """What all drafters have whose network is a language model."""
+
+    lm: DecoderLM
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Of the small model."""
+        return self.lm.config
+
+    def init_params(self, key) -> Params:
+        """Fresh float32 parameters. ``key`` is consumed."""
+        return self.lm.init(key)
+
+
 @dataclasses.dataclass(frozen=True)
-class SmallLM:
+class SmallLM(OfLanguageModel):
     """The ``Drafter``: ``branching[d]`` children for every node at depth d; all 1 is a chain.
 
     State: the model's cache, which holds the pending token too; its logits after that; the state of
@@ -171,11 +186,6 @@ class SmallLM:
     stop: StopRule = dataclasses.field(default_factory=Never)
     # Only the width of the prompt is read off it, so the compiler leaves the layer's output out.
     taps: tuple[int, ...] = (0,)
-
-    @property
-    def config(self) -> DecoderConfig:
-        """Of the small model."""
-        return self.lm.config
 
     @property
     def max_depth(self) -> int:
@@ -191,10 +201,6 @@ class SmallLM:
     def states_law(self) -> bool:
         """Whether drafts state the law that their nodes were drawn from."""
         return self.draw.states_law
-
-    def init_params(self, key) -> Params:
-        """Fresh float32 parameters. ``key`` is consumed."""
-        return self.lm.init(key)
 
     def init(self, params: Params, context: DraftContext, taps):
         """Pass over the prompt; see ``types.Drafter``."""

@@ -22,11 +22,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from ctc_spec_jax.tree import ctc_prefix
-from ctc_spec_jax.types import NO_PARENT, ROOT
+from ctc_spec_jax.types import NO_PARENT
 
 Bias = Callable[[jax.Array, jax.Array], jax.Array]
 """(labels int32 [X], candidates int32 [C]) -> B, float32 [X, C]."""
@@ -86,12 +85,7 @@ def prefix_tree(
     levels = [_Level(jnp.ones((1,), jnp.float32), root, no_parent, law, start)]
     for depth in range(1, min(max_depth, log_probs.shape[0], num_nodes - 1) + 1):
         levels.append(_expand(levels[-1], probs, biases, runs, num_nodes - depth))
-    mass, label, parents = ctc_prefix.select(levels, num_nodes)
-    valid = mass > 0
-    is_root = np.arange(num_nodes) == ROOT
-    tokens = jnp.where(is_root, pending, jnp.where(valid, ids[label], 0))
-    parents = jnp.where(is_root, NO_PARENT, jnp.where(valid, parents, ROOT))
-    return tokens, parents, valid, jnp.log(mass)
+    return ctc_prefix.as_tree(levels, ids, pending, num_nodes)
 
 
 def conditioned(probs: jax.Array, bias: jax.Array) -> jax.Array:

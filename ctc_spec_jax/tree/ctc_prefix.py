@@ -117,6 +117,11 @@ def prefix_tree(
     for depth in range(1, min(max_depth, log_probs.shape[0], num_nodes - 1) + 1):
         width = min(num_nodes - depth, num_nodes if beam is None else beam)
         levels.append(_expand(levels[-1], probs, gaps, width))
+    return as_tree(levels, ids, pending, num_nodes)
+
+
+def as_tree(levels: Sequence[Any], ids: jax.Array, pending: jax.Array, num_nodes: int):
+    """The best nodes of all levels below the pending token; returns as ``prefix_tree``."""
     mass, label, parents = select(levels, num_nodes)
     valid = mass > 0
     is_root = np.arange(num_nodes) == ROOT
