@@ -98,7 +98,7 @@ def part_shapes(tree) -> set[hlo.Shape]:
     return {
         (names[x.dtype.name], x.sharding.shard_shape(x.shape))
         for x in jax.tree.leaves(tree)
-        if x.ndim == len(sharding.CACHE)
+        if x.ndim == len(sharding.CACHE) and x.dtype.name in names  # phrases are no caches
     }
 
 

@@ -53,6 +53,15 @@ def test_bad_topologies(name):
         aot.topology(name)
 
 
+def test_caches_are_told_from_other_state():
+    """Four axes of floats are a cache; a pool of phrases has four of integers."""
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), sharding.MESH_AXES)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = [((1, 2, 8, 16), jnp.bfloat16), ((1, 64, 8, 4), jnp.int32), ((3,), jnp.float32)]
+    state = [jax.ShapeDtypeStruct(shape, kind, sharding=place) for shape, kind in shapes]
+    assert aot.part_shapes(state) == {("bf16", (1, 2, 8, 16))}
+
+
 def arguments(model: str, topology: str, mesh: str, **changes) -> list[str]:
     fields = {"batch": 4, "prompt": 32, "new-tokens": 32, "tree-nodes": 1, **changes}
     flags = [f"--{name}={value}" for name, value in fields.items()]
