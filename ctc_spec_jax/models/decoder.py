@@ -143,9 +143,7 @@ def fresh_params(module: nn.Module, key, *inputs) -> Params:
 
 def output_logits(params: Params, hidden):
     """Logits [..., V] float32 of hidden states [..., D] after the final norm."""
-    head = output_head(params)
-    contract = (((hidden.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(hidden, head, contract, preferred_element_type=jnp.float32)
+    return layers.project(hidden, output_head(params), jnp.float32)
 
 
 def output_head(params: Params):

@@ -35,9 +35,36 @@ def embed(table, tokens):
     return constrain(table[tokens], HIDDEN)
 
 
+def project(x, kernel, dtype=None):
+    """``x [..., D] @ kernel [D, ...]`` in ``dtype``, that of x if None; kernel axes are kept."""
+
+    def product(x, kernel):
+        contract = (((x.ndim - 1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, kernel, contract, preferred_element_type=dtype)
+
+    if math.prod(x.shape[:-1]) != 1:
+        return product(x, kernel)
+    out = _one_row(product, x.reshape(1, -1), kernel, 0)
+    return out.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def _one_row(product, x, y, axis: int):
+    """``product(x, y)`` for x of one row at ``axis``.
+
+    XLA leaves a product of one row to the vector unit of a TPU, at four times the cycles that the
+    matrix unit needs for a full tile of rows.
+    """
+
+    def of_a_tile(x, y):
+        tile = jnp.repeat(x, 8, axis=axis)
+        return jax.lax.slice_in_dim(product(jax.lax.optimization_barrier(tile), y), 0, 1, axis=axis)
+
+    return jax.lax.platform_dependent(x, y, tpu=of_a_tile, default=product)
+
+
 def linear(x, kernel, bias=None):
-    """``x [..., D] @ kernel [D, ...]``; trailing kernel axes are kept."""
-    out = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    """``project`` with a bias."""
+    out = project(x, kernel)
     if bias is None:
         return out
     return out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
@@ -164,21 +191,12 @@ def _batched(x, y):
 
     Spelled out: einsum may swap the operands, and the cache would be transposed in every step.
     """
-    if x.shape[2] > 1:
-        return _product(x, y)
-    return jax.lax.platform_dependent(x, y, tpu=_product_of_one_row, default=_product)
+    return _product(x, y) if x.shape[2] > 1 else _one_row(_product, x, y, 2)
 
 
 def _product(x, y):
     dimensions = (((3,), (2,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
-
-
-def _product_of_one_row(x, y):
-    # XLA leaves a product of one row to the vector unit of a TPU, at four times the cycles that
-    # the matrix unit needs for a full tile of rows.
-    tile = jnp.broadcast_to(x, (*x.shape[:2], 8, x.shape[3]))
-    return _product(jax.lax.optimization_barrier(tile), y)[:, :, :1]
 
 
 def _join(function, parts):
