@@ -112,6 +112,18 @@ def test_several_trees_beside_the_bound(model, tmp_path, monkeypatch):
 
 
 @needs_libtpu
+def test_a_step_of_one_row(tmp_path, monkeypatch):
+    """The matrix unit makes its products: no dearer than a round of 8 nodes and its drafter."""
+    path = tmp_path / "found.json"
+    given = arguments("configs/models/llama2_7b.json", "v5e:2x2", "tensor=4", batch=1, layers=2)
+    monkeypatch.setattr("sys.argv", [*given, f"--json={path}", "--tree-nodes", "8"])
+    program.main()
+    (result,) = json.loads(path.read_text())["results"]
+    plain, tree = (result["programs"][name]["loop"]["cycles"] for name in ("plain", "8 nodes"))
+    assert 0 < plain < tree
+
+
+@needs_libtpu
 def test_a_training_step_for_chips(model, tmp_path, monkeypatch, capsys):
     """The step of a config: its figures in the file, or one sentence where it does not fit."""
     path = tmp_path / "found.json"

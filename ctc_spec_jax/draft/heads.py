@@ -168,9 +168,7 @@ class HeadsDrafter:
 
 def log_probs(output, head):
     """Log-probabilities [B, X, V] float32 of a head's output [B, X, E] by its LM head [E, V]."""
-    contract = (((output.ndim - 1,), (0,)), ((), ()))
-    logits = jax.lax.dot_general(output, head, contract, preferred_element_type=jnp.float32)
-    return jax.nn.log_softmax(logits, axis=-1)
+    return jax.nn.log_softmax(layers.project(output, head, jnp.float32), axis=-1)
 
 
 def head_of(heads, index: int):

@@ -27,6 +27,11 @@ def from_heads(key, value):
     return jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
 
 
+def first_row(kv):
+    """The first of the new rows of ``kv``, as one row."""
+    return tuple((k[:, :, :, :1], v[:, :, :1]) for k, v in kv)
+
+
 def num_slots(cache) -> int:
     """S of a cache."""
     return cache[0][0].shape[_SLOTS[0]]

@@ -6,6 +6,7 @@ heads per kv head, C head width.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -15,6 +16,9 @@ import numpy as np
 from ctc_spec_jax.chunked_head import map_chunks
 from ctc_spec_jax.models.config import RopeScaling
 from ctc_spec_jax.sharding import HIDDEN, constrain
+
+TILE = 8
+"""Rows of the smallest tile of a TPU's registers."""
 
 MASKED = -1e30
 """Score of a masked key. Finite, so that a row whose keys are all masked gives no NaN."""
@@ -49,17 +53,19 @@ def project(x, kernel, dtype=None):
 
 
 def _one_row(product, x, y, axis: int):
-    """``product(x, y)`` for x of one row at ``axis``.
+    """``product(x, y)`` of x with one row at ``axis``."""
+    tile = functools.partial(product_of_tile, product, axis)
+    return jax.lax.platform_dependent(x, y, tpu=tile, default=product)
+
+
+def product_of_tile(product, axis: int, x, y):
+    """``product(x, y)`` of the one row of x at ``axis`` in a tile of equal ones.
 
     XLA leaves a product of one row to the vector unit of a TPU, at four times the cycles that the
-    matrix unit needs for a full tile of rows.
+    matrix unit needs for a full tile.
     """
-
-    def of_a_tile(x, y):
-        tile = jnp.repeat(x, 8, axis=axis)
-        return jax.lax.slice_in_dim(product(jax.lax.optimization_barrier(tile), y), 0, 1, axis=axis)
-
-    return jax.lax.platform_dependent(x, y, tpu=of_a_tile, default=product)
+    tile = jax.lax.optimization_barrier(jnp.repeat(x, TILE, axis=axis))
+    return jax.lax.slice_in_dim(product(tile, y), 0, 1, axis=axis)
 
 
 def linear(x, kernel, bias=None):
