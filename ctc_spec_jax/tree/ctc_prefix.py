@@ -173,24 +173,30 @@ def _expand(level: _Level, probs: jax.Array, runs: jax.Array, width: int) -> _Le
     near = shift(level.ending, 1)
     scores = matmul(far + near, probs.T)  # [W, C]
     # A repeated label enters through a blank only. Recomputed without the near term rather than
-    # corrected by a difference, which would cancel. The root's label is out of range: dropped.
-    rows = jnp.arange(scores.shape[0], dtype=jnp.int32)
-    repeats = jnp.sum(level.probs * far, axis=1)
-    scores = scores.at[rows, level.label].set(repeats, mode="drop", unique_indices=True)
+    # corrected by a difference, which would cancel. The root's label is out of range.
+    count = scores.shape[1]
+    repeated = jnp.arange(count, dtype=jnp.int32)[None] == level.label[:, None]
+    repeats = jnp.sum(level.probs * far, axis=1, keepdims=True)
+    scores = jnp.where(repeated, repeats, scores)
+    # The sums of parent and child are rounded apart; a child must never rank above its parent.
+    scores = jnp.minimum(scores, level.mass[:, None])
 
     mass, index = lax.top_k(scores.reshape(-1), min(width, scores.size))
-    parent = lax.div(index, jnp.int32(scores.shape[1]))
-    label = lax.rem(index, jnp.int32(scores.shape[1]))
-    is_repeat = label == level.label[parent]
-    before = jnp.where(is_repeat[:, None], far[parent], (far + near)[parent])
-    return _Level(
-        # The sums of parent and child are rounded apart; a child must never rank above its parent.
-        mass=jnp.minimum(mass, level.mass[parent]),
-        label=label,
-        parent=parent,
-        probs=probs[label],
-        ending=stay(probs[label] * before, probs[label]),
-    )
+    parent, label = lax.div(index, jnp.int32(count)), lax.rem(index, jnp.int32(count))
+    # One look-up for all that a child has of its parent: on accelerators each is several operations.
+    # The index of a candidate is exact in float32.
+    labels = level.label[:, None].astype(jnp.float32)
+    above = rows(jnp.concatenate([far + near, far, labels], axis=1), parent)
+    same = above[:, -1:] == label[:, None].astype(jnp.float32)
+    size = far.shape[1]
+    before = jnp.where(same, above[:, size:-1], above[:, :size])
+    own = rows(probs, label)
+    return _Level(mass, label, parent, own, stay(own * before, own))
+
+
+def rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """``x[index]`` for an index that is in range."""
+    return x.at[index].get(mode="promise_in_bounds")
 
 
 def stay(enter: jax.Array, probs: jax.Array) -> jax.Array:
@@ -218,7 +224,7 @@ def select(levels: Sequence[Any], num_nodes: int) -> tuple[jax.Array, jax.Array,
     mass = jnp.pad(jnp.concatenate([level.mass for level in levels]), missing)
     label = jnp.pad(jnp.concatenate([level.label for level in levels]), missing)
     parent = jnp.concatenate([o + level.parent for o, level in zip(above, levels, strict=True)])
-    # Equal masses come in index order, hence shorter prefixes first: with the clamp above, a
+    # Equal masses come in index order, hence shorter prefixes first: with masses clamped, a
     # parent is always kept and always precedes its children.
     mass, kept = lax.top_k(mass, num_nodes)
     parent = jnp.pad(parent, missing)[kept]
