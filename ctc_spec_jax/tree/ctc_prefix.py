@@ -183,8 +183,8 @@ def _expand(level: _Level, probs: jax.Array, runs: jax.Array, width: int) -> _Le
 
     mass, index = lax.top_k(scores.reshape(-1), min(width, scores.size))
     parent, label = lax.div(index, jnp.int32(count)), lax.rem(index, jnp.int32(count))
-    # One look-up for all that a child has of its parent: on accelerators each is several operations.
-    # The index of a candidate is exact in float32.
+    # One look-up for all that a child has of its parent: each is several operations on an
+    # accelerator. The index of a candidate is exact in float32.
     labels = level.label[:, None].astype(jnp.float32)
     above = rows(jnp.concatenate([far + near, far, labels], axis=1), parent)
     same = above[:, -1:] == label[:, None].astype(jnp.float32)
