@@ -149,7 +149,7 @@ def greedy(engine, prompt) -> list[int]:
 
 def test_answers_are_what_the_target_writes(call, place, engine):
     """Against one full forward per token: some end at a stop token, which is part of the answer."""
-    out, printed, _ = call("--prompts", place / "texts.jsonl")
+    out, printed, _ = call("--prompts", place / "texts.jsonl", out="new/folder/out.jsonl")
     rows = {row["id"]: row for row in read(out)}
     assert rows.keys() == {f"t{i}" for i in range(len(TEXTS))}
     finishes = set()
@@ -559,7 +559,7 @@ def test_shares_and_seeds_come_from_the_id(monkeypatch):
         (("--top-p", "0"), "top_p: expected a number above 0 and at most 1, found 0.0"),
         (("--shard", "2/2"), "--shard: expected I/N with 0 <= I < N, found '2/2'"),
         (("--shard", "1"), "--shard: expected I/N with 0 <= I < N, found '1'"),
-        (("--out", "{tmp}/none/out.jsonl"), "--out: expected a writable folder, found "),
+        (("--out", "{tmp}/empty/new/out.jsonl"), "--out: expected a writable folder, found "),
         (("--out", "{tmp}"), "--out: expected a file, found the folder "),
         (("--target", "{tmp}/none"), "target: expected an existing folder or a hub id"),
         (("--prompts", "a", "--sources", "b"), "--prompts: expected it or --sources, found both"),

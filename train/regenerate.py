@@ -75,9 +75,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"{flag}: expected at least 1, found {getattr(arguments, name)}")
     if arguments.prompts and arguments.sources:
         raise InputError("--prompts: expected it or --sources, found both")
-    folder = pathlib.Path(arguments.out).absolute().parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(f"--out: expected a writable folder, found {folder}")
+    there = next(p for p in pathlib.Path(arguments.out).absolute().parents if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(f"--out: expected a writable folder, found {there}")
     if pathlib.Path(arguments.out).is_dir():
         raise InputError(f"--out: expected a file, found the folder {arguments.out}")
     options.per_row(1, fields_of(arguments))
@@ -207,6 +207,7 @@ def main() -> None:
     engine = load(arguments)
     prompts, problems = find_prompts(arguments, engine)
     totals, fields = Totals(), fields_of(arguments)
+    pathlib.Path(arguments.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     with Ledger(arguments.out, settings_of(arguments), record_of(arguments), totals.add) as ledger:
         left = [prompt for prompt in prompts if prompt.id not in ledger.done]
         dialogues, refused, too_long = prepare(engine, left, arguments.max_new_tokens)
