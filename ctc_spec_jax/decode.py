@@ -118,7 +118,8 @@ def extend(
     counts,
     request: Request,
 ) -> DecodeState:
-    """A new prompt that shares its first ``keep`` tokens with what is in the cache.
+    """A new prompt that shares its first ``keep`` tokens with what is in the cache, and the next
+    one, which a drafter may have read with them.
 
     The rest is a chain whose every node is accepted. Rolling back is not writing: what lies
     behind ``keep`` is overwritten.

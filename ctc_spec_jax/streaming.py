@@ -187,13 +187,13 @@ class Conversation:
         )
 
     def _shared(self, tokens: Sequence[int]) -> int:
-        """How many of the tokens the cache holds; at least two are left, see ``decode.extend``."""
+        """How many tokens ``decode.extend`` may keep; at least two are left for it."""
         if self._state is None:
             return 0
         cached, length = jax.device_get((self._state.tokens, self._state.length))
-        old = cached[0, : min(int(length[0]), len(tokens) - 2)]
+        old = cached[0, : min(int(length[0]) + 1, len(tokens) - 1)]
         same = old == np.asarray(tokens[: len(old)])
-        return len(old) if same.all() else int(np.argmin(same))
+        return max(0, (len(old) if same.all() else int(np.argmin(same))) - 1)
 
     def _answer(
         self, messages: list[dict], tokens: Sequence[int], request: Request

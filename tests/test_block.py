@@ -75,10 +75,8 @@ def test_which_frames_see_each_other(setting, preset, sees_later):
     tokens, lengths = ragged_prompts(1, (6, 9))
     taps = lm.hidden(params, tokens, lengths, (0, 1))[1]
     anchors = np.asarray([[2, 4], [3, 7]], np.int32)
-    pending = params["embedding"][np.take_along_axis(tokens, anchors, axis=1)]
-    run_network = jax.jit(
-        lambda p: drafter.network.apply({"params": p}, taps, pending, anchors, params)
-    )
+    given_text = taps, params["embedding"][tokens], anchors, params
+    run_network = jax.jit(lambda p: drafter.network.apply({"params": p}, *given_text))
     differs = np.abs(run_network(given) - run_network(other)).max((0, 1, 3)) > 1e-6
     assert differs.tolist() == [sees_later] * 3 + [True]
 

@@ -3,10 +3,11 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctc_spec_jax.decode import Loop, NoDraft, advance, start
+from ctc_spec_jax.decode import Loop, NoDraft, advance, extend, start
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
 from ctc_spec_jax.draft.gsd import GSD
 from ctc_spec_jax.draft.ouroboros import Ouroboros
@@ -65,24 +66,47 @@ def test_drafter_cache_audit():
     drafter = CTCDrafter(ctc_config(lm.config, frames=5, taps=(0, 1)), PrefixTree(6, 3, top_k=4))
     draft_params = drafter.init_params(jax.random.key(0))
     for loop, state in _states(lm, params, drafter, draft_params, [1] * 4):
-        prompt, length = state.tokens[:, : int(state.length.max()) + 1], state.length + 1
-        fresh = jax.jit(start, static_argnums=0)(
-            loop, params, draft_params, prompt, length, make_request(3, NEW)
-        )
-        np.testing.assert_allclose(
-            state.drafter["newest"], fresh.drafter["newest"], rtol=1e-4, atol=1e-4
-        )
-        ours, true = (jax.tree.leaves(s.drafter["kv"]) for s in (state, fresh))
-        for a, b in zip(ours, true, strict=True):
-            slots = range(a.shape[2] if a.shape[2] > a.shape[3] else a.shape[3])
-            axis = 1 if len(slots) == a.shape[2] else 2
-            for row, n in enumerate(np.asarray(state.length)):
-                np.testing.assert_allclose(
-                    np.take(a[row], range(n), axis),
-                    np.take(b[row], range(n), axis),
-                    rtol=1e-4,
-                    atol=1e-4,
-                )
+        fresh = _fresh(loop, params, draft_params, state)
+        _same_context(state, fresh)
+
+
+def test_drafter_context_of_another_turn():
+    """Of a text that shares the kept tokens and one more with the old one; not if that differs."""
+    lm, params = tiny_target()
+    drafter = CTCDrafter(ctc_config(lm.config, frames=5, taps=(0, 1)), PrefixTree(6, 3, top_k=4))
+    draft_params = jax.tree.map(lambda x: x * 8, drafter.init_params(jax.random.key(0)))
+    request, counts = make_request(3, NEW), jnp.full((3,), 3, jnp.int32)
+    *_, (loop, state) = _states(lm, params, drafter, draft_params, [2])
+    keep = jnp.asarray([2, 4, 3], jnp.int32)
+    first = jnp.take_along_axis(state.tokens, keep[:, None], axis=1)
+    after = jnp.asarray([[1, 2]] * 3, jnp.int32)
+
+    def turn(first):
+        new = jnp.concatenate([first, after], axis=1)
+        longer = extend(loop, params, draft_params, state, keep, new, counts, request)
+        return longer, _fresh(loop, params, draft_params, longer)
+
+    _same_context(*turn(first))
+    with pytest.raises(AssertionError, match="Not equal"):
+        _same_context(*turn(first ^ 1))
+
+
+def _fresh(loop, params, draft_params, state):
+    """State after the prefill of the text of ``state``."""
+    prompt, length = state.tokens[:, : int(state.length.max()) + 1], state.length + 1
+    begin = jax.jit(start, static_argnums=0)
+    return begin(loop, params, draft_params, prompt, length, make_request(3, NEW))
+
+
+def _same_context(state, fresh):
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(state.drafter["newest"], fresh.drafter["newest"], **close)
+    ours, true = (jax.tree.leaves(s.drafter["kv"]) for s in (state, fresh))
+    for a, b in zip(ours, true, strict=True):
+        axis = 1 if a.shape[2] > a.shape[3] else 2
+        for row, n in enumerate(np.asarray(state.length)):
+            rows = (np.take(x[row], range(n), axis) for x in (a, b))
+            np.testing.assert_allclose(*rows, **close)
 
 
 @pytest.mark.parametrize("method", ["plain", "ctc", "small_lm", "pearl", "gsd", "ouroboros"])

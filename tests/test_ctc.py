@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ctc_spec_jax.decode import Loop, start
 from ctc_spec_jax.draft.ctc import CTCDrafter, CTCNetwork, ctc_config, published
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.tree.ctc_transform import TransformTree, default_template
-from ctc_spec_jax.types import DraftTree
-from tests.helpers import VOCAB, plain_text, ragged_prompts, run, tiny_target
+from ctc_spec_jax.types import DraftContext, DraftTree
+from ctc_spec_jax.verify import Greedy
+from tests.helpers import VOCAB, make_request, plain_text, ragged_prompts, run, tiny_target
 
 NEW = 20
 FRAMES = 6
@@ -118,10 +120,10 @@ def test_training_pass_equals_decoding_pass(setting):
     anchors = jnp.asarray([[0, 3, 9], [5, 6, 12]], jnp.int32)
     full = jnp.full((2,), 14, jnp.int32)
     _, taps, _ = lm.hidden(params, tokens, full, drafter.taps)
-    pending = params["embedding"][jnp.take_along_axis(tokens, anchors, axis=1)]
+    embedded = params["embedding"][tokens]
     apply = drafter.network.apply
     places = jnp.tile(jnp.arange(14, dtype=jnp.int32)[None], (2, 1))
-    text = (taps, pending, anchors, jnp.ones_like(places), places)
+    text = (taps, embedded, anchors, jnp.ones_like(places), places)
     trained = apply({"params": draft_params}, *text, method="anchor_hidden")
     for row in range(2):
         for a in range(3):
@@ -134,13 +136,39 @@ def test_training_pass_equals_decoding_pass(setting):
             one = apply(
                 {"params": draft_params},
                 cut,
-                pending[row : row + 1, a : a + 1],
+                embedded[row : row + 1, : n + 1],
                 anchors[row : row + 1, a : a + 1],
                 jnp.ones((1, n + 1), jnp.int32),
                 places[:1, : n + 1],
                 method="anchor_hidden",
             )
             np.testing.assert_allclose(trained[row, a], one[0, 0], rtol=2e-5, atol=2e-5)
+
+
+def test_decoder_reads_what_was_trained(setting):
+    """Frames after a prompt, by the decoder's own state, are those of an anchor at its last token.
+
+    A token that follows one place late in the context would change them.
+    """
+    lm, params, _, _, _, truth = setting
+    drafter = CTCDrafter(ctc_config(lm.config, 2, FRAMES, taps=(0, 1)), TREES["prefix"])
+    # Larger than fresh ones, so that what a draft sees changes it by far more than rounding.
+    fresh = drafter.init_params(jax.random.key(4))
+    draft_params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, fresh)
+    tokens = jnp.asarray(truth[:2, :10])
+    lengths = jnp.asarray([10, 7], jnp.int32)
+    loop, request = Loop(lm, drafter, Greedy(), 4), make_request(2, 4)
+    state = start(loop, params, draft_params, tokens, lengths, request)
+    seen = DraftContext(params, state.tokens, state.length, state.cache, request)
+    decoded = drafter._log_probs(draft_params, state.drafter, seen)
+    taps = lm.hidden(params, tokens, lengths, drafter.taps)[1]
+
+    def trained(tokens):
+        given = taps, params["embedding"][tokens], lengths[:, None] - 1, params
+        return drafter.network.apply({"params": draft_params}, *given)[:, 0]
+
+    np.testing.assert_allclose(decoded, trained(tokens), rtol=1e-4, atol=1e-4)
+    assert np.abs(np.asarray(decoded - trained(jnp.roll(tokens, 1, axis=1)))).max() > 1e-2
 
 
 def test_few_anchors_at_a_time_change_nothing(setting):
@@ -151,9 +179,9 @@ def test_few_anchors_at_a_time_change_nothing(setting):
     tokens = jnp.asarray(truth[:2, :14])
     anchors = jnp.asarray([[0, 3, 9, 10, 12], [5, 6, 7, 8, 12]], jnp.int32)
     taps = lm.hidden(params, tokens, jnp.full((2,), 14, jnp.int32), config.taps)[1]
-    pending = params["embedding"][jnp.take_along_axis(tokens, anchors, axis=1)]
+    embedded = params["embedding"][tokens]
     places = jnp.tile(jnp.arange(14, dtype=jnp.int32)[None], (2, 1))
-    text = (taps, pending, anchors, (places > 4).astype(jnp.int32), places)
+    text = (taps, embedded, anchors, (places > 4).astype(jnp.int32), places)
 
     def run_with(at_a_time):
         network = CTCNetwork(config, attention_chunk=at_a_time)

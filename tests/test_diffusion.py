@@ -411,7 +411,8 @@ def test_training_and_decoding_see_the_same(setting):
         )
         trained = drafter.network.log_probs(hidden[:, 0], params)
         taps = loss.taps(params, batch)
-        given = DraftContext(params, batch["tokens"], jnp.asarray(length), None, make_request(4, 1))
+        tokens = jnp.pad(batch["tokens"], ((0, 0), (0, 1)))
+        given = DraftContext(params, tokens, jnp.asarray(length), None, make_request(4, 1))
         state = drafter.init(draft_params, given, taps)
         seen = []
 

@@ -54,7 +54,7 @@ def test_arithmetic_by_hand():
     rows, length, anchors, layers = 2, 10, 5, 2  # the third layer is above the last tap
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
     forward = layers * length * (layer + 2 * 8 * length / 2)
-    context = length * 2 * 8 * 8
+    context = length * (2 + 2) * 8 * 8  # two taps; a feature and the token after it
     keys_values = length * 2 * 8 * 4
     starts = anchors * 2 * 8 * 8
     frames = anchors * 3 * (layer + 2 * 8 * (length / 2 + 3))

@@ -6,8 +6,9 @@ without CTC: the same network, data and tree size, so that the two can be compar
 each other both ways (preset ``marginal``, the default) or to those before them (preset ``causal``,
 as in JetSpec, arXiv 2606.18394).
 
-Where this differs from the published system: one pass without masked tokens in the queries, and a
-tree of the most probable paths under the product of the frames' laws in the place of one chain.
+Where this differs from the published system: one pass without masked tokens in the queries, a
+context that also tells which token came after each position, and a tree of the most probable paths
+under the product of the frames' laws in the place of one chain.
 
 Shape letters: A anchors, F frames, K labels, V vocabulary, D width, N tree nodes, M max depth.
 """
@@ -19,7 +20,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from ctc_spec_jax.chunked_head import chunked_token_log_probs
-from ctc_spec_jax.draft.frames import FramesConfig, FramesDrafter, frames_config
+from ctc_spec_jax.draft.frames import FramesDrafter
+from ctc_spec_jax.draft.frames_config import FramesConfig, frames_config
 from ctc_spec_jax.draft.frames_loss import FramesLoss
 from ctc_spec_jax.draft.training import Shape, by_position
 from ctc_spec_jax.errors import InputError

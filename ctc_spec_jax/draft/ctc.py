@@ -6,7 +6,8 @@ CTC-drafter (Wen et al., NeurIPS 2024, arXiv 2412.00061); the network is that of
 
 Where this differs from the published release: one non-autoregressive pass instead of four
 sequential ones, an own blank class instead of token 0, and, by default, the exact prefix tree
-instead of a static template. ``published`` builds the paper's configuration.
+instead of a static template and a context that also tells which token came after each position.
+``published`` builds the paper's configuration.
 
 Shape letters: F frames, V vocabulary, D width.
 """
@@ -19,7 +20,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ctc_spec_jax.draft.frames import FramesConfig, FramesDrafter, FramesNetwork, frames_config
+from ctc_spec_jax.draft.frames import FramesDrafter, FramesNetwork
+from ctc_spec_jax.draft.frames_config import FramesConfig, frames_config
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import output_logits
 from ctc_spec_jax.types import Params
@@ -43,7 +45,8 @@ def ctc_config(
 
 def published(target: DecoderConfig) -> CTCConfig:
     """The paper's network: one layer on the last hidden state; decode it with ``TransformTree``."""
-    return ctc_config(target, num_layers=1, frames=6, taps=(target.num_layers - 1,))
+    last = (target.num_layers - 1,)
+    return frames_config(CTCConfig, target, num_layers=1, frames=6, taps=last, follows=False)
 
 
 class CTCNetwork(FramesNetwork):

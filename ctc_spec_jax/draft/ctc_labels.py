@@ -24,7 +24,7 @@ from ctc_spec_jax.chunked_head import chunked_labelled_log_probs, product
 from ctc_spec_jax.draft.anchors import sample_anchors
 from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, CTCNetwork
 from ctc_spec_jax.draft.ctc_loss import CTCLoss
-from ctc_spec_jax.draft.frames import frames_config
+from ctc_spec_jax.draft.frames_config import frames_config
 from ctc_spec_jax.draft.training import Shape
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import layers

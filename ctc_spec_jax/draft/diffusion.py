@@ -31,7 +31,8 @@ from ctc_spec_jax.draft.denoising import (
     LeftToRight,
     WindowTree,
 )
-from ctc_spec_jax.draft.frames import FramesConfig, FramesDrafter, FramesNetwork, frames_config
+from ctc_spec_jax.draft.frames import FramesDrafter, FramesNetwork
+from ctc_spec_jax.draft.frames_config import FramesConfig, frames_config
 from ctc_spec_jax.draft.frames_loss import frames_products
 from ctc_spec_jax.draft.training import Shape
 from ctc_spec_jax.errors import InputError

@@ -113,12 +113,11 @@ class DiffusionLoss(FramesLoss):
         """Hidden states [B, A, F, D] of windows int32 [B, A, F] after anchors int32 [B, A]."""
         params = self._cast(params)
         network: Any = self.drafter.network.clone(remat=self.remat)
-        tokens = jnp.take_along_axis(batch["tokens"], anchors, axis=1)
         said = network.apply({"params": params}, windows, frozen["embedding"], method="said")
         return network.apply(
             {"params": params},
             self.taps(frozen, batch),
-            layers.embed(frozen["embedding"], tokens),
+            layers.embed(frozen["embedding"], batch["tokens"]),
             anchors,
             batch["segments"],
             batch["positions"],

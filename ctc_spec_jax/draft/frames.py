@@ -2,7 +2,8 @@
 
 Queries come from the frames alone: frame embedding, pending token and newest feature. Target
 features are keys and values of every layer, kept in the drafter's own cache (DFlash, arXiv
-2602.06036). What a frame says, and how frames become a tree, is up to the methods that use it.
+2602.06036), each joined with the token after it (as in EAGLE, arXiv 2401.15077). What a frame says,
+and how frames become a tree, is up to the methods that use it.
 
 Shape letters: B batch, A anchors, F frames, T tokens, S cache slots, M max depth, N tree nodes,
 V vocabulary, D width, K kv heads, C head width.
@@ -11,78 +12,20 @@ V vocabulary, D width, K kv heads, C head width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ctc_spec_jax.draft.frames_config import FramesConfig
 from ctc_spec_jax.models import kv_cache, layers
-from ctc_spec_jax.models.config import DecoderConfig, RopeScaling
+from ctc_spec_jax.models.config import RopeScaling
 from ctc_spec_jax.models.decoder import fresh_params, output_logits
 from ctc_spec_jax.sharding import HIDDEN, constrain, gather_width
 from ctc_spec_jax.types import Acceptance, DraftContext, DraftTree, Params, TargetOutput
 
 _INIT = nn.initializers.normal(0.02)
-
-
-@dataclasses.dataclass(frozen=True)
-class FramesConfig:
-    """Static description of a network over frames; hashable by value.
-
-    ``taps`` are target layers; a tap is the residual stream after that layer. ``causal`` frames
-    attend to the frames before them alone, others to all frames of the draft.
-    """
-
-    width: int
-    vocab_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_width: int
-    mlp_width: int
-    frames: int
-    taps: tuple[int, ...]
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    causal: bool = False
-
-    def __post_init__(self):
-        if not self.taps:
-            raise ValueError("taps: expected at least one target layer, found none")
-        if self.frames < 1 or self.num_layers < 1:
-            raise ValueError(
-                f"frames and num_layers: expected at least 1, found {self.frames} and "
-                f"{self.num_layers}"
-            )
-
-
-Config = TypeVar("Config", bound=FramesConfig)
-
-
-def frames_config(
-    kind: type[Config],
-    target: DecoderConfig,
-    num_layers: int = 1,
-    frames: int = 12,
-    taps: tuple[int, ...] = (),
-    mlp_width: int = 0,
-) -> Config:
-    """A network for ``target``: its width and heads; taps spread over its layers by default."""
-    last = target.num_layers - 1
-    return kind(
-        width=target.width,
-        vocab_size=target.vocab_size,
-        num_layers=num_layers,
-        num_heads=target.num_heads,
-        num_kv_heads=target.num_kv_heads,
-        head_width=target.head_width,
-        mlp_width=mlp_width or target.mlp_width,
-        frames=frames,
-        taps=taps or tuple(sorted({last // 4, last // 2, last})),
-        norm_eps=target.norm_eps,
-        rope_theta=target.rope_theta,
-    )
 
 
 class FramesNetwork(nn.Module):
@@ -125,6 +68,8 @@ class FramesNetwork(nn.Module):
         self.frame_embedding = self.param("frame_embedding", _INIT, (c.frames, c.width))
         self.start_norm = self.param("start_norm", ones, (2, c.width))
         self.norm = self.param("norm", ones, (c.width,))
+        if c.follows:
+            self.follow_norm = self.param("follow_norm", ones, (c.width,))
 
     def features(self, taps):
         """Context features [B, T, D] of taps, each [B, T, D]."""
@@ -133,9 +78,19 @@ class FramesNetwork(nn.Module):
         projected = gather_width(layers.linear(jnp.concatenate(normed, axis=-1), self.context))
         return layers.rms_norm(projected, self.context_norm, eps)
 
-    def context_kv(self, features, positions):
-        """Keys and values of every layer from features [B, T, D]: pairs as in ``kv_cache``."""
+    def context_kv(self, features, positions, following):
+        """Keys and values of every layer of a context: pairs as in ``kv_cache``.
+
+        Args:
+          features: [B, T, D].
+          positions: int32 [B, T].
+          following: embeddings [B, T, D] of the tokens after them.
+        """
         angles = self._angles(positions)
+        if self.config.follows:
+            # What a draft that began there would start with.
+            begun = self._begin(following, features)
+            features = layers.rms_norm(begun, self.follow_norm, self.config.norm_eps)
 
         def one(layer):
             both = layers.linear(features, layer["context_kv"])  # [B, T, K, 2, C]
@@ -160,17 +115,7 @@ class FramesNetwork(nn.Module):
         """
         c = self.config
         batch, num_anchors, width = pending.shape
-        known = jnp.concatenate(
-            [
-                layers.rms_norm(pending, self.start_norm[0], c.norm_eps),
-                layers.rms_norm(newest, self.start_norm[1], c.norm_eps),
-            ],
-            axis=-1,
-        )
-        x = (
-            gather_width(layers.linear(known, self.start))[:, :, None]
-            + self.frame_embedding[None, None]
-        )
+        x = self._begin(pending, newest)[:, :, None] + self.frame_embedding[None, None]
         x = x if said is None else x + said
         x = x.reshape(batch, num_anchors * c.frames, width)
         frame = jnp.arange(c.frames, dtype=jnp.int32)
@@ -181,6 +126,12 @@ class FramesNetwork(nn.Module):
             x = constrain(run(layer, x, angles, past, visible), HIDDEN)
         x = layers.rms_norm(x, self.norm, c.norm_eps)
         return x.reshape(batch, num_anchors, c.frames, width)
+
+    def _begin(self, pending, newest):
+        """What a token, embedded [B, X, D], and the feature before it say together."""
+        both = zip((pending, newest), self.start_norm, strict=True)
+        known = [layers.rms_norm(x, scale, self.config.norm_eps) for x, scale in both]
+        return gather_width(layers.linear(jnp.concatenate(known, axis=-1), self.start))
 
     def log_probs(self, hidden, target_params: Params):
         """Log-probabilities [..., V] float32 of tokens at frames of hidden [..., D]."""
@@ -205,24 +156,24 @@ class FramesNetwork(nn.Module):
         frequencies = layers.rope_frequencies(c.head_width, c.rope_theta, RopeScaling())
         return layers.rope_angles(positions, frequencies)
 
-    def __call__(self, taps, pending, anchors, target_params, said=None):
+    def __call__(self, taps, embedded, anchors, target_params, said=None):
         """Frame log-probabilities [B, A, F, classes] of A anchors per row; touches every parameter.
 
-        ``taps``: the target's hidden states of rows of one text each, [B, T, D]; ``pending``
-        [B, A, D]; ``said`` as for ``draft``.
+        ``taps``: the target's hidden states of rows of one text each, [B, T, D]; ``embedded``
+        [B, T, D], their tokens; ``said`` as for ``draft``.
         """
         index = jnp.arange(taps[0].shape[1], dtype=jnp.int32)[None]
         positions = jnp.broadcast_to(index, taps[0].shape[:2])
         one = jnp.ones_like(positions)
-        hidden = self.anchor_hidden(taps, pending, anchors, one, positions, said)
+        hidden = self.anchor_hidden(taps, embedded, anchors, one, positions, said)
         return self.log_probs(hidden, target_params)
 
-    def anchor_hidden(self, taps, pending, anchors, segments, positions, said=None):
+    def anchor_hidden(self, taps, embedded, anchors, segments, positions, said=None):
         """Hidden states [B, A, F, D] of the frames of A anchors per row, for training.
 
         Args:
           taps: the target's hidden states of whole rows, each [B, T, D].
-          pending: embeddings [B, A, D] of the tokens at the anchors.
+          embedded: [B, T, D], their tokens.
           anchors: int32 [B, A], their places in the row.
           segments, positions: int32 [B, T], as for ``DecoderLM.packed_hidden``.
           said: as for ``draft``.
@@ -231,7 +182,8 @@ class FramesNetwork(nn.Module):
           [B, A, F, D]. An anchor sees what comes before it in its own segment.
         """
         features = self.features(taps)
-        context = self.context_kv(features, positions)
+        context = self.context_kv(features, positions, jnp.roll(embedded, -1, axis=1))
+        pending = jnp.take_along_axis(embedded, anchors[..., None], axis=1)
         place = jnp.take_along_axis(positions, anchors, axis=1)
         before = jnp.maximum(anchors - 1, 0)
         newest = jnp.take_along_axis(features, before[..., None], axis=1)
@@ -300,7 +252,8 @@ class FramesDrafter:
         features = self._apply(params, "features", taps)
         positions = jnp.arange(features.shape[1], dtype=jnp.int32)[None]
         positions = jnp.broadcast_to(positions, features.shape[:2])
-        kv = self._apply(params, "context_kv", features, positions)
+        tokens = context.tokens[:, 1 : features.shape[1] + 1]
+        kv = self._context_kv(params, context, features, positions, tokens)
         newest = jnp.take_along_axis(
             features, jnp.maximum(context.length - 1, 0)[:, None, None], axis=1
         )
@@ -327,13 +280,20 @@ class FramesDrafter:
         taps = tuple(jnp.take_along_axis(t, path[..., None], axis=1) for t in output.taps)
         features = self._apply(params, "features", taps)
         steps = jnp.arange(path.shape[1], dtype=jnp.int32)
-        kv = self._apply(params, "context_kv", features, context.length[:, None] + steps[None])
+        place = context.length[:, None] + steps[None]
+        after = jnp.minimum(place + 1, context.tokens.shape[1] - 1)
+        tokens = jnp.take_along_axis(context.tokens, after, axis=1)
+        kv = self._context_kv(params, context, features, place, tokens)
         rows = jnp.broadcast_to(steps[None], path.shape)
         last = jnp.maximum(acceptance.length - 1, 0)
         return {
             "kv": kv_cache.commit(state["kv"], kv, rows, context.length),
             "newest": jnp.take_along_axis(features, last[:, None, None], axis=1),
         }
+
+    def _context_kv(self, params: Params, context: DraftContext, features, positions, following):
+        embedded = layers.embed(context.params["embedding"], following)
+        return self._apply(params, "context_kv", features, positions, embedded)
 
     def _log_probs(self, params: Params, state, context: DraftContext, said=None):
         """Of the frames after the pending tokens, [B, F, classes]; ``said`` as for the network."""

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ctc_spec_jax.draft.anchors import sample_anchors
-from ctc_spec_jax.draft.frames import FramesConfig, FramesDrafter
+from ctc_spec_jax.draft.frames import FramesDrafter
+from ctc_spec_jax.draft.frames_config import FramesConfig
 from ctc_spec_jax.draft.training import Loss
 from ctc_spec_jax.models import layers
 from ctc_spec_jax.models.decoder import DecoderLM
@@ -59,12 +60,10 @@ class FramesLoss:
     def draft(self, params: Params, frozen: Params, batch, keys):
         """Hidden states of the frames [B*A, F, D], labels int32 [B*A, K] and their number [B*A]."""
         anchors, labels, lengths = sample_anchors(keys, batch, self.anchors, self.weights.labels)
-        tokens = jnp.take_along_axis(batch["tokens"], anchors, axis=1)
-        pending = layers.embed(frozen["embedding"], tokens)
         hidden: Any = self.drafter.network.clone(remat=self.remat).apply(
             {"params": self._cast(params)},
             self.taps(frozen, batch),
-            pending,
+            layers.embed(frozen["embedding"], batch["tokens"]),
             anchors,
             batch["segments"],
             batch["positions"],
@@ -88,7 +87,7 @@ def frames_products(config: FramesConfig, length: int, anchors: int) -> tuple[in
     """
     c = config
     heads, kv = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
-    context = len(c.taps) * c.width * c.width + c.num_layers * 2 * c.width * kv
+    context = (len(c.taps) + 2 * c.follows) * c.width * c.width + c.num_layers * 2 * c.width * kv
     layer = c.width * (heads + 2 * kv) + heads * c.width + 3 * c.width * c.mlp_width
     scores = heads * (length + 2 * c.frames)
     draft = 2 * c.width * c.width + c.frames * c.num_layers * (layer + scores)
