@@ -32,6 +32,7 @@ from ctc_spec_jax.models.decoder import DecoderLM
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.types import Drafter, Params, Request
 from ctc_spec_jax.verify import TargetSample
+from infer import roofline
 from infer.generate import check_counts, check_json, write_document
 
 
@@ -116,19 +117,21 @@ def compile_all(
             raise InputError(aot.does_not_fit(what, needed, slice_.memory))
 
 
-def weights_cycles(given: argparse.Namespace, slice_: aot.Topology) -> int:
-    """Cycles in which a chip reads its part of the target's weights once from its memory.
+def bound_cycles(given: argparse.Namespace, slice_: aot.Topology) -> int:
+    """Cycles in which a chip reads its part of the target's weights and caches once.
 
-    No step can take fewer. Of an embedding table that is not the LM head too, a step reads rows.
+    No plain step can take fewer. Of an embedding table that is not the LM head too, it reads rows.
     """
-    mesh = sharding.mesh_of(given.mesh, slice_.devices)
-    _, params = folders.abstract_target(given.model, DTYPES[given.dtype], given.layers)
-    placed = aot.abstract(params, sharding.homes(mesh, params))
+    dtype, mesh = DTYPES[given.dtype], sharding.mesh_of(given.mesh, slice_.devices)
+    lm, params = folders.abstract_target(given.model, dtype, given.layers)
+    loop = Loop(lm, NoDraft(), TargetSample(), given.new_tokens)
+    (placed, _), _, state = arguments_of(loop, params, (), given.batch, given.prompt, mesh)
     if "head" in placed:
         del placed["embedding"]
-    parts = [math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(placed)]
-    size = sum(parts) * jnp.dtype(DTYPES[given.dtype]).itemsize
-    return round(size / slice_.bandwidth * slice_.clock)
+    parts = [
+        math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves((placed, state.cache))
+    ]
+    return round(sum(parts) * jnp.dtype(dtype).itemsize / slice_.bandwidth * slice_.clock)
 
 
 def add_result(path: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
@@ -147,7 +150,7 @@ def add_result(path: str, settings: dict[str, Any], found: dict[str, Any]) -> No
 def overview(results: list[dict[str, Any]]) -> str:
     """Decodes of a results file as aligned text, a line each.
 
-    ``bound`` is the time of reading a chip's weights once, in the same unit as the rounds.
+    ``bound`` is the time of reading a chip's weights and caches once, in the unit of the rounds.
     """
     titles = ("model", "slice", "mesh", "rows", "GiB a chip", "bound", "Mcycles a round", "copies")
     rows: list[tuple[str, ...]] = [titles]
@@ -168,7 +171,7 @@ def overview(results: list[dict[str, Any]]) -> str:
         cycles = [p["loop"]["cycles"] for p in turns]
         shown = " / ".join(f"{c / 1e6:.2f}" for c in cycles)
         copies = " / ".join(str(p["loop"]["copies"]) for p in turns)
-        bound = f"{result['weights_cycles'] / 1e6:.2f}"
+        bound = f"{result['bound_cycles'] / 1e6:.2f}"
         rows.append((*place, memory, bound, shown, copies))
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(titles))]
     lines = (
@@ -224,7 +227,7 @@ def main() -> None:
         figures = {name: aot.as_dict(program) for name, program in found.items()}
         result = {
             "chip_bytes": slice_.memory,
-            "weights_cycles": weights_cycles(given, slice_),
+            "bound_cycles": bound_cycles(given, slice_),
             "programs": figures,
             "problem": str(problem or ""),
         }
