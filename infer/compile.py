@@ -120,17 +120,14 @@ def compile_all(
 def bound_cycles(given: argparse.Namespace, slice_: aot.Topology) -> int:
     """Cycles in which a chip reads its part of the target's weights and caches once.
 
-    No plain step can take fewer. Of an embedding table that is not the LM head too, it reads rows.
+    No plain step can take fewer.
     """
     dtype, mesh = DTYPES[given.dtype], sharding.mesh_of(given.mesh, slice_.devices)
     lm, params = folders.abstract_target(given.model, dtype, given.layers)
     loop = Loop(lm, NoDraft(), TargetSample(), given.new_tokens)
     (placed, _), _, state = arguments_of(loop, params, (), given.batch, given.prompt, mesh)
-    if "head" in placed:
-        del placed["embedding"]
-    parts = [
-        math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves((placed, state.cache))
-    ]
+    read = jax.tree.leaves((roofline.read_each_step(placed), state.cache))
+    parts = [math.prod(x.sharding.shard_shape(x.shape)) for x in read]
     return round(sum(parts) * jnp.dtype(dtype).itemsize / slice_.bandwidth * slice_.clock)
 
 
