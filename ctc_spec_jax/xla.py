@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,19 @@ _CPU = {
     # with every row, and the older reductions are not vectorised. A round of 16 nodes of the demo
     # pair took a quarter less time than with the defaults, a plain step the same.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+}
+
+_GPU = {
+    # A plain step of a small batch is hundreds of short kernels, and the host starts each of them
+    # and reads the loop's condition after every round. By default XLA records kernels and library
+    # products into CUDA graphs, but leaves loops and branches to the host. The last two put the
+    # whole loop of a decode into one graph where everything in it can be recorded; elsewhere XLA
+    # records what it can, as before, and leaves out what drivers before CUDA 12.3 and ROCm lack.
+    # The list replaces XLA's own, so it repeats that.
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE",
+    # A loop counts as one instruction beside its neighbours, of which there may be none; with the
+    # default of 5 it would stay with the host.
+    "xla_gpu_graph_min_graph_size": "1",
 }
 
 
@@ -42,11 +56,13 @@ def bucket(size: int) -> int:
 def decode_options() -> dict[str, str] | None:
     """Value for ``compiler_options`` of ``jax.jit``, or None where XLA's defaults are best.
 
-    An option that this version of XLA does not know is left out.
+    An option that this version of XLA does not know is left out. With ``CTC_SPEC_XLA=default`` in
+    the environment there are none at all.
     """
-    if jax.default_backend() != "cpu":
+    if os.environ.get("CTC_SPEC_XLA") == "default":
         return None
-    known = {name: value for name, value in _CPU.items() if _accepts(name, value)}
+    wanted = {"cpu": _CPU, "gpu": _GPU}.get(jax.default_backend(), {})
+    known = {name: value for name, value in wanted.items() if _accepts(name, value)}
     return known or None
 
 

@@ -45,6 +45,7 @@ from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.types import Array, DraftTree, TargetOutput
 from infer import advice
 from infer.generate import check_counts, check_json, write_document
+from infer.made_up import Silent
 from infer.rounds import in_turns, round_timer
 
 EVERY_OPTION: dict[str, Any] = {
@@ -112,7 +113,7 @@ def _made_up(seed: Array, place: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _NoModel(DecoderLM):
+class NoModel(DecoderLM):
     """A target whose pass costs nothing: zeros in the shapes of the real one."""
 
     def forward_tree(self, params, cache, length, tokens, positions, mask, taps=()) -> TargetOutput:
@@ -129,7 +130,7 @@ class _NoModel(DecoderLM):
 
 
 @dataclasses.dataclass(frozen=True)
-class _NoNetwork(CTCDrafter):
+class NoNetwork(CTCDrafter):
     """The CTC drafter without its network: a lattice out of nothing, and the real tree of it."""
 
     def init(self, params, context, taps):
@@ -157,10 +158,10 @@ def bookkeeping(repeats: int, nodes: int = 64, config: DecoderConfig = _BILLION)
     draw = np.random.default_rng(0)
     weights = [draw.standard_normal(leaf.shape, np.float32) * 0.02 for leaf in leaves]
     params = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in weights])
-    ends = _Silent()
+    ends = Silent()
     model = Engine(lm, params, ends)
-    drafter = _NoNetwork(ctc_config(config), PrefixTree(nodes, 8))
-    empty = Engine(_NoModel(config), params, ends, drafter)
+    drafter = NoNetwork(ctc_config(config), PrefixTree(nodes, 8))
+    empty = Engine(NoModel(config), params, ends, drafter)
     timers = {
         "plain_step": round_timer(model, 1, {}),
         "bookkeeping": round_timer(empty, 1, {}),
@@ -175,12 +176,6 @@ def bookkeeping(repeats: int, nodes: int = 64, config: DecoderConfig = _BILLION)
         "share": seconds["bookkeeping"] / seconds["plain_step"],
         "share_every_option": seconds["bookkeeping_every_option"] / seconds["plain_step"],
     }
-
-
-class _Silent:
-    """The part of a tokenizer that token ids need."""
-
-    pad_token_id, model_max_length = 0, 1 << 20
 
 
 def hardware() -> dict[str, Any]:
