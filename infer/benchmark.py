@@ -28,7 +28,7 @@ from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache, u
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
-from infer import cells, methods, peers, report, split
+from infer import cells, methods, peers, report, roofline, split
 from infer.generate import Answerer, check_counts, check_json, write_document
 from infer.methods import LeftOut, Method
 from infer.profile import hardware
@@ -86,7 +86,8 @@ def measure_method(
     except InputError as error:
         print(f"note: {method.name} without a time split: {error}", file=sys.stderr)
         return row
-    return row | {"time_split": parts, "drafter_cost": split.drafter_cost(parts)}
+    works = split.works(engine, batch)
+    return row | {"time_split": parts, "drafter_cost": split.drafter_cost(parts), "work": works}
 
 
 def place(row: dict[str, Any]) -> tuple[str, float, int]:
@@ -104,6 +105,8 @@ def run(bench: Bench, chosen: list[Method], document: dict[str, Any], save: Call
         others, absent = peers.peers(folder)
         decoders += others
         document["left_out"] += [dataclasses.asdict(LeftOut(*pair)) for pair in absent.items()]
+    if not (given.no_split or document["rates"]):
+        document["rates"] = dataclasses.asdict(roofline.measure(DTYPES[given.dtype]))
     plan = [(d, t, b) for b in given.batch for t in given.temperature for d in decoders]
     for decoder, temperature, batch in tqdm(plan, unit=" cells"):
         ours = isinstance(decoder, Method)
@@ -148,6 +151,7 @@ def new_document(bench: Bench, left_out: list[LeftOut]) -> dict[str, Any]:
             "prompts_sha256": hashlib.sha256(tokens.encode()).hexdigest(),
         },
         "left_out": [dataclasses.asdict(one) for one in left_out],
+        "rates": None,
         "results": [],
         "peers": [],
     }
@@ -164,7 +168,7 @@ def resumed(path: str, fresh: dict[str, Any]) -> dict[str, Any]:
         old = json.loads(pathlib.Path(path).read_text())
         cells_of = {name: old[name] for name in ("results", "peers")}
         settings = {**old["settings"], "device": old["device"], "versions": old["versions"]}
-        commits = old["commit"]
+        commits, rates = old["commit"], old.get("rates")
     except FileNotFoundError:
         return fresh
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
@@ -182,7 +186,7 @@ def resumed(path: str, fresh: dict[str, Any]) -> dict[str, Any]:
     if fresh["commit"] not in commits.split(", "):
         commits = f"{commits}, {fresh['commit']}"
     versions = settings["versions"] | fresh["versions"]
-    return {**fresh, **cells_of, "commit": commits, "versions": versions}
+    return {**fresh, **cells_of, "commit": commits, "versions": versions, "rates": rates}
 
 
 def _parse() -> argparse.Namespace:

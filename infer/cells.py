@@ -18,9 +18,10 @@ from ctc_spec_jax import xla
 from ctc_spec_jax.engine import Engine, Generation
 from ctc_spec_jax.models.decoder import DecoderLM, output_logits
 from ctc_spec_jax.types import Params
-from infer.generate import Answerer, summarise
-from infer.intervals import find_differences, speedup
+from infer.generate import LOOPS, Answerer, summarise
+from infer.intervals import find_differences, ratio, speedup
 from infer.questions import Batch, Turn, batches
+from train.loops import fresh_rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Cell:
     was kept. ``identical`` compares greedy tokens with plain decoding in batches of the same size
     and is None where answers are drawn. ``drafter_cost`` is the time of drafting and of the
     drafter's own bookkeeping in plain steps, ``time_split`` that of the parts of a round in
-    seconds; see ``split``. The interval is a 95 % one; see ``intervals.speedup``.
+    seconds; see ``split``, and ``work`` the bytes and operations of two of them. Intervals are 95 %
+    ones; see ``intervals``: that of the accepted length is over questions.
     """
 
     method: str
@@ -76,6 +78,8 @@ class Cell:
     tokens: int
     rounds: int
     accepted_length: float
+    accepted_length_low: float
+    accepted_length_high: float
     accepted_length_without_bonus: float
     accepted_length_without_loops: float | None
     accepted_length_with_loops: float
@@ -91,6 +95,7 @@ class Cell:
     categories: dict[str, dict[str, Any]]
     drafter_cost: float | None = None
     time_split: dict[str, float] | None = None
+    work: dict[str, dict[str, float]] | None = None
 
 
 def measure(
@@ -186,6 +191,7 @@ def cell(
         differences=found,
         categories={name: dataclasses.asdict(_part(name, runs, batch)) for name in names},
         **accepted,
+        **_accepted_interval(turns, answers),
         **_speeds(runs),
     )
 
@@ -200,6 +206,17 @@ def _accepted(answers: list[Generation]) -> dict[str, Any]:
     seconds = [answer.seconds for answer in answers]
     result = summarise(0, answers, seconds, [], [])
     return {name: getattr(result, name) for name in _ACCEPTED}
+
+
+def _accepted_interval(turns: list[Turn], answers: list[Generation]) -> dict[str, float]:
+    counts: dict[Any, np.ndarray] = {}  # tokens and rounds of every question
+    for turn, answer in zip(turns, answers, strict=True):
+        fresh = np.asarray(fresh_rounds(answer.tokens, answer.emitted, LOOPS))
+        question = turn.category, turn.question_id
+        counts[question] = counts.get(question, 0) + fresh
+    tokens, rounds = np.stack([*counts.values()]).T
+    interval = ratio(tokens, rounds)
+    return {"accepted_length_low": interval.low, "accepted_length_high": interval.high}
 
 
 def _speeds(runs: Sequence[Run]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ from infer.prompts import Prompt, choose_prompts, columns, report
 from train import data
 from train.loops import fresh_rounds
 
-_LOOPS = 0.4
+LOOPS = 0.4
+"""Answers loop whose share of repeated groups of tokens is above this; see ``train.loops``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +122,9 @@ def summarise(
 
     Sampled answers are drawn anew by every decoder, so there is nothing to be identical.
     """
-    loops = [data.loop_share(answer.tokens) > _LOOPS for answer in answers]
+    loops = [data.loop_share(answer.tokens) > LOOPS for answer in answers]
     whole = [answer for answer, loop in zip(answers, loops, strict=True) if not loop]
-    fresh = [fresh_rounds(answer.tokens, answer.emitted, _LOOPS) for answer in answers]
+    fresh = [fresh_rounds(answer.tokens, answer.emitted, LOOPS) for answer in answers]
     passes = sum(rounds for _, rounds in fresh)
     drafted = sum(sum(answer.from_draft[:n]) for answer, (n, _) in zip(answers, fresh, strict=True))
     tokens = sum(len(answer.tokens) for answer in answers)

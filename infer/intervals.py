@@ -1,4 +1,4 @@
-"""Figures of a benchmark: bootstrap intervals of a speedup, first differences of two answers.
+"""Figures of a benchmark: bootstrap intervals, first differences of two answers.
 
 Shape letters: G groups of questions, R repeats.
 """
@@ -21,6 +21,21 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+def ratio(over, under, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Ratio of two sums over groups, which are drawn with replacement, by bootstrap percentiles.
+
+    Args:
+      over: [G], such as tokens.
+      under: [G], such as rounds.
+      resamples: draws.
+      seed: of the draws.
+    """
+    over, under = np.asarray(over), np.asarray(under)
+    pick = np.random.default_rng(seed).integers(0, len(over), (resamples, len(over)))
+    low, high = np.quantile(over[pick].sum(1) / under[pick].sum(1), (0.025, 0.975))
+    return Interval(float(over.sum() / under.sum()), float(low), float(high))
 
 
 def speedup(tokens, seconds, resamples: int = 2000, seed: int = 0) -> Interval:

@@ -11,12 +11,18 @@ from typing import Any
 
 from ctc_spec_jax.errors import InputError
 
+# Pictures keep their size where the page is narrow, and scroll: their texts would become too small.
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1em 0; }
-th, td { border-bottom: 1px solid #ccc; padding: 0.25em 0.7em; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 1em 0; overflow-x: auto; } svg { background: white; max-width: 100%; }
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em;
+  overflow-wrap: break-word; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid #8888; padding: 0.25em 0.5em; text-align: right; }
+th:first-child, td:first-child, table.text td { text-align: left; }
+th, td { white-space: nowrap; } table.text td:last-child { white-space: normal; }
+figure, .table { margin: 1em 0; overflow-x: auto; }
+svg { background: white; display: block; min-width: 40em; width: 100%; max-width: 52em;
+  height: auto; }
 """
 
 
@@ -33,6 +39,7 @@ class Block:
 def as_html(found: Sequence[Block]) -> str:
     """One page; it loads nothing."""
     parts = ['<!doctype html>\n<html lang="en"><head><meta charset="utf-8">']
+    parts.append('<meta name="viewport" content="width=device-width, initial-scale=1">')
     parts.append(f"<title>{html.escape(found[0].heading)}</title><style>{_STYLE}</style></head>")
     parts.append("<body>")
     for index, block in enumerate(found):
@@ -41,14 +48,23 @@ def as_html(found: Sequence[Block]) -> str:
         if block.text:
             parts.append(f"<p>{html.escape(block.text)}</p>")
         if block.svg:
-            parts.append(f"<figure>{block.svg}</figure>")
+            parts.append(f'<figure tabindex="0">{_named(block)}</figure>')
+        if block.table:
+            kind = ' class="text"' if len(block.table[0]) == 2 else ""
+            parts.append(f'<div class="table" tabindex="0"><table{kind}>')
         for number, row in enumerate(block.table):
             kind = "td" if number else "th"
             cells = "".join(f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in row)
-            parts.append(f"{'' if number else '<table>'}<tr>{cells}</tr>")
+            parts.append(f"<tr>{cells}</tr>")
         if block.table:
-            parts.append("</table>")
+            parts.append("</table></div>")
     return "\n".join([*parts, "</body></html>\n"])
+
+
+def _named(block: Block) -> str:
+    """The picture with its name for those who do not see it."""
+    name = html.escape(block.heading, quote=True)
+    return block.svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
 
 
 def as_markdown(found: Sequence[Block], pictures: Sequence[str]) -> str:

@@ -10,11 +10,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ctc_spec_jax.errors import InputError
+from infer.methods import PLAIN
 
 Rows = Sequence[dict[str, Any]]
 
+_COLOURS = 8
+_MARKERS = "osD^vPX*"
+_LINES = ("-", "--", ":")
+_WIDTH = 8.0  # inches
 
-def require() -> None:
+
+def require(flag: str = "--report") -> None:
     """Refuse to go on without matplotlib.
 
     Raises:
@@ -24,30 +30,41 @@ def require() -> None:
         importlib.import_module("matplotlib")
     except ImportError as error:
         raise InputError(
-            "--report: expected matplotlib to be installed (pip install -e '.[report]'), found none"
+            f"{flag}: expected matplotlib to be installed (pip install -e '.[report]'), found none"
         ) from error
 
 
 @contextlib.contextmanager
-def _axes(found: list[str], salt: str, **labels: Any) -> Iterator[Any]:
-    """Axes to draw on; the SVG is added to ``found``."""
+def _figure(found: list[str], salt: str, height: float = 4.0) -> Iterator[Any]:
+    """A figure to draw on; the SVG is added to ``found``."""
     import matplotlib
 
     # Text stays text, and names of parts of a picture differ between the pictures of one page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure_of = importlib.import_module("matplotlib.figure").Figure
-        figure = figure_of(figsize=(8, 4), layout="constrained")
-        axes = figure.subplots()
-        yield axes
-        axes.set(**labels)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            figure.legend(loc="outside right upper", fontsize="small")
+        figure = _new_figure(height)
+        yield figure
         out = io.StringIO()
         # No metadata: it would name the day and addresses in the net.
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", metadata=empty)
     found.append(_inline(out.getvalue(), salt))
+
+
+def _new_figure(height: float) -> Any:
+    figure_of = importlib.import_module("matplotlib.figure").Figure
+    return figure_of(figsize=(_WIDTH, height), layout="constrained")
+
+
+@contextlib.contextmanager
+def _axes(found: list[str], salt: str, **labels: Any) -> Iterator[Any]:
+    """Axes to draw lines on, whose names stand beside them."""
+    with _figure(found, salt) as figure:
+        axes = figure.subplots()
+        yield axes
+        axes.set(**labels)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            figure.legend(loc="outside right upper")
 
 
 def _inline(svg: str, salt: str) -> str:
@@ -59,10 +76,16 @@ def _inline(svg: str, salt: str) -> str:
     return svg.strip()
 
 
-def _colour(index: int) -> Any:
+def _style(index: int) -> dict[str, Any]:
+    """Look of a line: colours repeat with other dashes, and neighbours have other markers."""
     import matplotlib
 
-    return matplotlib.colormaps["tab20"](index % 20)
+    return {
+        "color": matplotlib.colormaps["Dark2"](index % _COLOURS),
+        "linestyle": _LINES[index // _COLOURS % len(_LINES)],
+        "marker": _MARKERS[(index + index // _COLOURS) % len(_MARKERS)],
+        "markersize": 5,
+    }
 
 
 def _methods(rows: Rows) -> list[str]:
@@ -72,42 +95,53 @@ def _methods(rows: Rows) -> list[str]:
 def by_position(rows: Rows) -> str:
     """Share of rounds that keep the drafted token of each depth, a line per method."""
     found: list[str] = []
+    deepest = max(len(row["accepted_by_position"]) for row in rows)
     labels = {"xlabel": "position in the draft", "ylabel": "share of rounds that keep it"}
     with _axes(found, "position", **labels, ylim=(0, 1)) as axes:
         for index, row in enumerate(rows):
             kept = row["accepted_by_position"]
-            places = range(1, len(kept) + 1)
             if any(kept):
-                axes.plot(places, kept, marker="o", color=_colour(index), label=row["method"])
+                axes.plot(range(1, len(kept) + 1), kept, label=row["method"], **_style(index))
+        axes.set_xticks(range(1, deepest + 1))
     return found[0]
 
 
 def by_category(rows: Rows) -> str:
-    """Speedup of every category with its interval, a bar per method."""
+    """Speedup of every category with its interval, a panel per category, a line per method."""
     found: list[str] = []
     names = list(dict.fromkeys(name for row in rows for name in row["categories"]))
-    with _axes(found, "category", ylabel="speedup") as axes:
-        width = 0.8 / max(len(rows), 1)
-        for index, row in enumerate(rows):
-            parts = [row["categories"].get(name) for name in names]
-            at = [i + width * index - 0.4 for i, part in enumerate(parts) if part]
-            value, low, high = (
-                [part[key] for part in parts if part]
-                for key in ("speedup", "speedup_low", "speedup_high")
-            )
-            axes.bar(
-                at,
-                value,
-                width,
-                align="edge",
-                color=_colour(index),
-                label=row["method"],
-                yerr=_errors(value, low, high),
-                error_kw={"lw": 0.6},
-            )
-        axes.axhline(1, color="black", lw=0.8)
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    methods, columns = _methods(rows), min(3, len(names))
+    lines = -(-len(names) // columns)
+    with _figure(found, "category", lines * (0.8 + 0.22 * len(methods)) + 0.2) as figure:
+        panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+        for axes, name in zip(panels.flat, names, strict=False):
+            parts = [(row["method"], row["categories"].get(name)) for row in rows]
+            places = [methods.index(method) for method, part in parts if part]
+            _points(axes, places, [part for _, part in parts if part], "speedup")
+            axes.set_title(name, fontsize="medium")
+            axes.axvline(1, color="black", lw=0.8)
+            axes.tick_params(labelbottom=True)
+            _named(axes, methods)
+        for axes in panels.flat[len(names) :]:
+            axes.set_axis_off()
+        figure.supxlabel("speedup", fontsize="medium")
     return found[0]
+
+
+def _points(axes: Any, places: Sequence[float], parts: Rows, key: str, **look: Any) -> None:
+    """Values with their intervals from left to right, each at its height."""
+    value = [part[key] for part in parts]
+    low, high = ([part.get(f"{key}_{end}") for part in parts] for end in ("low", "high"))
+    errors = None if None in low or None in high else _errors(value, low, high)
+    look = {"fmt": "o", "color": _style(0)["color"], "capsize": 2, "markersize": 5} | look
+    axes.errorbar(value, places, xerr=errors, **look)
+
+
+def _named(axes: Any, names: Sequence[str]) -> None:
+    """A line for every name, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(alpha=0.3)
 
 
 def _errors(value, low, high) -> list[list[float]]:
@@ -122,23 +156,17 @@ def by_batch(rows: Rows, name: str = "batch") -> str:
     ``name`` tells the ids of several such pictures of one page apart.
     """
     found: list[str] = []
-    sizes = sorted({row["batch"] for row in rows})
+    sizes, methods = sorted({row["batch"] for row in rows}), _methods(rows)
     with _axes(found, name, xlabel="batch", ylabel="speedup") as axes:
         _sizes(axes, sizes)
-        for index, method in enumerate(_methods(rows)):
+        for index, method in enumerate(methods):
             mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["batch"])
             value, low, high = (
                 [r[key] for r in mine] for key in ("speedup", "speedup_low", "speedup_high")
             )
-            axes.errorbar(
-                [r["batch"] for r in mine],
-                value,
-                _errors(value, low, high),
-                marker="o",
-                color=_colour(index),
-                label=method,
-                capsize=2,
-            )
+            aside = 1 + 0.02 * (index - (len(methods) - 1) / 2)  # intervals lie side by side
+            places, errors = [r["batch"] * aside for r in mine], _errors(value, low, high)
+            axes.errorbar(places, value, errors, label=method, capsize=2, **_style(index))
         axes.axhline(1, color="black", lw=0.8)
     return found[0]
 
@@ -154,8 +182,62 @@ def round_cost(costs: Rows) -> str:
             mine = [cost for cost in costs if cost["batch"] == batch]
             steps = [cost["plain_steps"] for cost in mine]
             nodes = [cost["nodes"] for cost in mine]
-            axes.plot(nodes, steps, marker="o", color=_colour(index), label=f"batch {batch}")
+            axes.plot(nodes, steps, label=f"batch {batch}", **_style(index))
     return found[0]
+
+
+def passes(rows: Rows) -> list[dict[str, Any]]:
+    """Points of the roofline: name, bytes, operations and seconds of a pass."""
+    points: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        for part, work in (row.get("work") or {}).items():
+            name = PLAIN if part == "plain_step" else row["method"]
+            point = {"name": name, "seconds": row["time_split"][part], **work}
+            points.setdefault((name, row["batch"]), point)
+    return [*points.values()]
+
+
+def roofline(points: Rows, rates: dict[str, float]) -> str:
+    """Rate of operations by operations per byte, a point per measured pass, under the roof."""
+    found: list[str] = []
+    labels = {"xlabel": "operations per byte", "ylabel": "billion operations a second"}
+    density = [point["operations"] / point["bytes"] for point in points]
+    corner = rates["operations"] / rates["bandwidth"]
+    ends = min(*density, corner) / 2, max(*density, corner) * 2
+    with _axes(found, "roofline", **labels, xscale="log", yscale="log") as axes:
+        places = sorted({*ends, corner})
+        roof = [min(x * rates["bandwidth"], rates["operations"]) / 1e9 for x in places]
+        axes.plot(places, roof, color="black", lw=1, label="roof of the device")
+        names = list(dict.fromkeys(point["name"] for point in points))
+        for index, name in enumerate(names):
+            mine = [i for i, point in enumerate(points) if point["name"] == name]
+            rate = [points[i]["operations"] / points[i]["seconds"] / 1e9 for i in mine]
+            look = _style(index) | {"linestyle": "none", "markersize": 6}
+            axes.plot([density[i] for i in mine], rate, label=name, **look)
+    return found[0]
+
+
+def accepted(rows: Rows, path: str, description: str) -> None:
+    """Write a PNG file: accepted length of every method with its interval, by temperature.
+
+    White behind, so that it can be read on pages of any colour. ``description`` is noted in it.
+    """
+    methods = _methods(rows)
+    temperatures = sorted({row["temperature"] for row in rows})
+    figure = _new_figure(1.0 + (0.24 + 0.08 * len(temperatures)) * len(methods))
+    axes = figure.subplots()
+    for index, temperature in enumerate(temperatures):
+        mine = [row for row in rows if row["temperature"] == temperature]
+        shift = (index - (len(temperatures) - 1) / 2) * 0.5 / len(temperatures)
+        look = {"fmt": _MARKERS[index], "color": _style(index)["color"]}
+        places = [methods.index(row["method"]) + shift for row in mine]
+        label = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+        _points(axes, places, mine, "accepted_length", label=label, **look)
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_xlabel("accepted length: tokens per target pass, its own included")
+    _named(axes, methods)
+    figure.legend(loc="outside upper right", ncols=len(temperatures))
+    figure.savefig(path, format="png", dpi=150, metadata={"Description": description})
 
 
 def _sizes(axes: Any, sizes: Sequence[int]) -> None:

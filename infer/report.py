@@ -1,11 +1,13 @@
 """The results of a benchmark as one page that needs no network, and the same as Markdown.
 
 python -m infer.report results.json --report results.html --round-cost round_cost.json
+python -m infer.report results.json --plot accepted.png
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
@@ -29,14 +31,17 @@ def check(path: str | None, round_cost: str | None) -> None:
     """
     if round_cost is not None:
         read_costs(round_cost)
-    if path is None:
-        return
+    if path is not None:
+        _check_place("--report", path, ".html")
+
+
+def _check_place(flag: str, path: str, ending: str) -> None:
     folder = pathlib.Path(path).absolute().parent
-    if not path.endswith(".html") or pathlib.Path(path).is_dir():
-        raise InputError(f"--report: expected a file that ends in .html, found {path}")
+    if not path.endswith(ending) or pathlib.Path(path).is_dir():
+        raise InputError(f"{flag}: expected a file that ends in {ending}, found {path}")
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(f"--report: expected a file in a writable folder, found {folder}")
-    plots.require()
+        raise InputError(f"{flag}: expected a file in a writable folder, found {folder}")
+    plots.require(flag)
 
 
 def read_costs(path: str) -> list[dict[str, Any]]:
@@ -157,13 +162,55 @@ def blocks(document: dict[str, Any], costs: list[dict[str, Any]] | None) -> list
     if costs:
         svg = plots.round_cost(costs)
         found.append(Block("Cost of a round by tree size", "In plain steps.", svg=svg))
+    points = plots.passes(rows)
+    if points:
+        svg = plots.roofline(points, document["rates"])
+        found.append(Block("Roofline", _ROOFLINE, svg=svg))
     different = _first_differences(document)
     if different:
         found.append(Block("First differences", _DIFFERENT, [("cell", "where"), *different]))
     if document["left_out"]:
         table = [("method", "reason"), *_left_out(document)]
         found.append(Block("Left out", table=table))
+    absent = [
+        (part, flag) for part, (there, flag) in _optional(document, costs).items() if not there
+    ]
+    if absent:
+        found.append(Block("Not in this report", table=[("part", "what adds it"), *absent]))
     return found
+
+
+def _optional(document: dict[str, Any], costs) -> dict[str, tuple[bool, str]]:
+    """Whether each part is there that a run may lack, and what adds it."""
+    rows = document["results"]
+    batches = {row["batch"] for row in rows}
+    split = any(row["time_split"] for row in rows)
+    return {
+        "Speedup by batch": (len(batches) > 1, "several sizes, such as --batch 1 4 16"),
+        "Speedup by category": (1 in batches, "--batch 1 among the sizes"),
+        "Where the time of a round goes": (split, "a run without --no-split"),
+        "Roofline": (bool(plots.passes(rows)), "a run without --no-split"),
+        "Cost of a round by tree size": (
+            bool(costs),
+            "--round-cost FILE, the file of python -m infer.profile --json FILE",
+        ),
+        "Other libraries": (bool(document["peers"]), "--peers"),
+    }
+
+
+def digest(document: dict[str, Any]) -> str:
+    """What stands in a picture of these results, so that it cannot be taken for that of others."""
+    return hashlib.sha256(json.dumps(document["results"]).encode()).hexdigest()
+
+
+def draw(document: dict[str, Any], path: str) -> None:
+    """Write a PNG file of the accepted lengths at the smallest batch size."""
+    rows = document["results"]
+    smallest = min((row["batch"] for row in rows), default=1)
+    if not rows:
+        raise InputError("results: expected at least one cell, found none")
+    mine = [row for row in rows if row["batch"] == smallest]
+    plots.accepted(mine, path, digest(document))
 
 
 _RESULTS = (
@@ -173,6 +220,11 @@ _RESULTS = (
     "bootstrap over questions and repeats, and that of plain against itself is the noise of the "
     "machine. Identical: the same greedy tokens as plain decoding; law: the answers are drawn, and "
     "exact by proof, not by comparison. Drafter: its time in a round, in plain steps."
+)
+_ROOFLINE = (
+    "The target's pass over a draft (verify, rule included) and a plain step: operations of their "
+    "products, and bytes that they read and write, by arithmetic; times as measured. The roof is "
+    "the bandwidth and the rate of large products that the same run measured."
 )
 _PEERS = (
     "Same weights, device, prompts, stops and caps; speedup over plain decoding of this library. "
@@ -269,15 +321,23 @@ def main() -> None:
     """Entry point of ``python -m infer.report``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", help="JSON file of infer.benchmark")
-    parser.add_argument("--report", required=True, metavar="FILE.html")
+    parser.add_argument("--report", metavar="FILE.html", help="page, with FILE.md beside it")
+    parser.add_argument("--plot", metavar="FILE.png", help="accepted lengths alone")
     parser.add_argument("--round-cost", metavar="FILE", help="figures of infer.profile")
     arguments = parser.parse_args()
+    if not (arguments.report or arguments.plot):
+        raise InputError("--report: expected it or --plot, found neither")
     check(arguments.report, arguments.round_cost)
+    if arguments.plot:
+        _check_place("--plot", arguments.plot, ".png")
     try:
         document = json.loads(pathlib.Path(arguments.results).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"results: expected a JSON file, found {arguments.results}") from error
-    write(document, arguments.report, arguments.round_cost)
+    if arguments.report:
+        write(document, arguments.report, arguments.round_cost)
+    if arguments.plot:
+        draw(document, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from ctc_spec_jax.engine import Engine, Prompts, seed_keys
 
 ROUNDS = 16
 """Rounds of one timed call."""
-_PROMPT = 64
+PROMPT = 64
+"""Tokens of a made-up prompt."""
 
 
 def round_state(engine: Engine, batch: int, fields: dict[str, Any], prompts: Prompts | None = None):
@@ -35,7 +36,7 @@ def round_state(engine: Engine, batch: int, fields: dict[str, Any], prompts: Pro
     new = fields.get("max_new_tokens", ROUNDS * (engine.drafter.max_depth + 1))
     rows = options.per_row(batch, {"ignore_eos": True, **fields, "max_new_tokens": new})
     draw = np.random.default_rng(0)
-    made_up = draw.integers(1, engine.lm.vocab_size, (batch, _PROMPT)).tolist()
+    made_up = draw.integers(1, engine.lm.vocab_size, (batch, PROMPT)).tolist()
     tokens, lengths = engine.encode(made_up if prompts is None else prompts, [new] * batch)
     loop, request = engine.loop(xla.bucket(new)), engine.request(rows, seed_keys(0, batch))
     params = (engine.params, engine.draft_params)

@@ -29,7 +29,8 @@ from ctc_spec_jax.types import (
     Params,
     Request,
 )
-from infer.rounds import in_turns, round_state, round_timer
+from infer import roofline
+from infer.rounds import PROMPT, ROUNDS, in_turns, round_state, round_timer
 
 _ROUNDS = 16
 
@@ -188,6 +189,22 @@ def time_split(
         "accept": max(0.0, free - verify),
         "update": max(0.0, more - draft),
     }
+
+
+def works(engine: Engine, batch: int) -> dict[str, dict[str, float]]:
+    """Bytes and operations of the target passes in ``verify`` and ``plain_step``, by arithmetic."""
+    found = {
+        "verify": _target_work(engine, batch),
+        "plain_step": _target_work(engine.plain(), batch),
+    }
+    return {name: dataclasses.asdict(work) for name, work in found.items()}
+
+
+def _target_work(engine: Engine, batch: int) -> roofline.Work:
+    depth = engine.drafter.max_depth + 1
+    nodes = depth if hasattr(engine.drafter, "run_round") else engine.drafter.num_nodes
+    slots = engine.loop(xla.bucket(ROUNDS * depth)).num_slots(xla.bucket(PROMPT))
+    return roofline.target_work(engine.lm.config, engine.params, batch, nodes, slots)
 
 
 def drafter_cost(split: dict[str, float]) -> float:

@@ -253,6 +253,16 @@ def test_interval_of_repeats():
     assert (uneven.low, uneven.value, uneven.high) == (1.0, 2.0, 4.0)
 
 
+def test_interval_of_a_ratio():
+    """Three questions have 27 resamples, all as likely: the interval is that of their quantiles."""
+    tokens, rounds = np.asarray([9, 20, 12]), np.asarray([4, 5, 6])
+    picks = np.asarray(list(itertools.product(range(3), repeat=3)))
+    exact = np.sort(tokens[picks].sum(1) / rounds[picks].sum(1))
+    found = intervals.ratio(tokens, rounds)
+    np.testing.assert_allclose((found.low, found.high), (exact[0], exact[-1]), rtol=1e-12)
+    np.testing.assert_allclose(found.value, 41 / 15)
+
+
 def test_first_differences():
     """Position of the first differing token, and the logit gap after the shared text."""
     seen = []
@@ -286,6 +296,7 @@ def test_figures_of_a_cell():
     found = cells.cell("m", 0.0, 1, 8, runs, logits)
     assert (found.questions, found.turns, found.tokens, found.rounds) == (3, 4, 32, 8)
     assert (found.accepted_length, found.accepted_length_without_bonus) == (4.0, 3.0)
+    assert (found.accepted_length_low, found.accepted_length_high) == (4.0, 4.0)
     assert found.accepted_length_with_loops == 4.0 and found.looping_share == 0.0
     assert found.accepted_by_position == [1.0, 1.0, 1.0]
     assert (found.tokens_per_second, found.baseline_tokens_per_second) == (4.0, 1.0)
@@ -302,6 +313,16 @@ def test_figures_of_a_cell():
         for q, t in ((1, 0), (2, 0), (1, 1))
     ]
     assert texts[0] == [*turn(1).tokens, *runs[0].baseline[0].tokens[:5]]
+
+
+def test_interval_of_an_accepted_length_is_over_questions():
+    """Two turns of one question are drawn together: 4 tokens a round, or 2, or their mean."""
+    talks = [turn(0), turn(0, 1), turn(1, category="b")]
+    made = [Made("m", [], size)._answer([i], 8, 1.0) for i, size in enumerate((4, 4, 2))]
+    found = cells._accepted_interval(talks, made)
+    assert found == {"accepted_length_low": 2.0, "accepted_length_high": 4.0}
+    same = cells._accepted_interval([turn(0), turn(0, 1), turn(0, 2)], made)
+    assert set(same.values()) == {24 / 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -585,7 +606,8 @@ class Page(html.parser.HTMLParser):
 def test_the_page_needs_no_network(tmp_path):
     """Four plots and all tables; every reference stays within the page; the same in Markdown.
 
-    No browser is part of the tests: the page is parsed, and nothing in it refers to another file.
+    The page is parsed, and nothing in it refers to another file; see ``test_report_page`` for what
+    a browser makes of it.
     """
     difference = {"question_id": 7, "turn": 1, "position": 3, "logit_gap": 1e-5}
     rows = [row_of("plain", 1, 1.0), row_of("m", 1, 1.5), row_of("m", 4, 0.75)]
@@ -668,6 +690,40 @@ def test_time_split(engine):
     assert found["draft"] > 3 * found["tree"]
     cost = (found["draft"] + found["update"]) / found["plain_step"]
     assert split.drafter_cost(found) == cost
+
+
+def test_work_of_the_passes(engine):
+    """Operations grow with rows and nodes; the bytes of the weights are read once."""
+    slow = dataclasses.replace(engine, drafter=Slow(1), draft_params=())
+    one, four = split.works(slow, 1), split.works(slow, 4)
+    weights = sum(x.nbytes for x in jax.tree.leaves(engine.params))
+    for work in (one, four):
+        plain, tree = work["plain_step"], work["verify"]
+        assert 2.5 < tree["operations"] / plain["operations"] < 3.5  # three nodes
+        assert weights < plain["bytes"] < tree["bytes"]
+    ratio = four["plain_step"]["operations"] / one["plain_step"]["operations"]
+    np.testing.assert_allclose(ratio, 4.0)
+    assert four["plain_step"]["bytes"] < 4 * one["plain_step"]["bytes"]
+
+
+def test_the_roof_is_measured_once(target, call, tmp_path, monkeypatch):
+    """With the time split, and kept when a run goes on; without it there is none."""
+    measured = []
+    rates = benchmark.roofline.Rates(1e9, 1e10)
+    monkeypatch.setattr(benchmark.roofline, "measure", lambda dtype: measured.append(1) or rates)
+    monkeypatch.setattr(split, "time_split", lambda *_: dict.fromkeys(report._PARTS, 0.001))
+    monkeypatch.setattr(Engine, "generate", made_up)
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out.json"
+    prompts.write_text('{"prompt": "import os"}\n')
+    places = ("--target", target, "--prompts", prompts, "--json", out, "--max-new-tokens", 8)
+    call(*places, "--methods", "prompt_lookup", "--no-split")
+    assert json.loads(out.read_text())["rates"] is None and not measured
+    for count in (1, 2):
+        call(*places, "--methods", ",".join(FREE[:count]), "--resume", "--batch", count)
+        document = json.loads(out.read_text())
+        assert document["rates"] == dataclasses.asdict(rates) and len(measured) == 1
+    works = [row["work"] for row in document["results"] if row["work"]]
+    assert works and all(set(work) == {"verify", "plain_step"} for work in works)
 
 
 def _products(count, weights):

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ctc_spec_jax import sharding, xla
 from ctc_spec_jax.decode import Loop, decode
 from ctc_spec_jax.types import NO_TOKEN, Request, Sampling
+from infer import intervals
 from train.loops import fresh_rounds
 
 
@@ -141,11 +142,9 @@ def summary(drafts: Drafts, categories: Sequence[str], resamples: int = 2000) ->
       ``accepted_at_<d>``: the share of rounds in which the drafted token of depth d was kept.
     """
     tokens, rounds = drafts.tokens, drafts.rounds
-    found = {"accepted_length": float(tokens.sum() / rounds.sum())}
-    pick = np.random.default_rng(0).integers(0, len(tokens), (resamples, len(tokens)))
-    means = tokens[pick].sum(1) / rounds[pick].sum(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    found |= {"accepted_length_low": float(low), "accepted_length_high": float(high)}
+    mean = intervals.ratio(tokens, rounds, resamples)
+    found = {"accepted_length": mean.value}
+    found |= {"accepted_length_low": mean.low, "accepted_length_high": mean.high}
     found["accepted_prompts"] = float(len(tokens))
     names = sorted(set(categories))
     for name in names if len(names) > 1 else ():
