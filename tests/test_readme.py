@@ -35,6 +35,14 @@ def test_readme_shows_the_methods():
     assert {row["identical"] for row in document["results"] if not row["temperature"]} == {True}
 
 
+def test_readme_shows_the_picture_of_the_methods():
+    """Drawn of the results that lie beside it: ``infer.report benchmarks/methods.json --plot``."""
+    document = json.loads((README.parent / "benchmarks" / "methods.json").read_text())
+    path = README.parent / "benchmarks" / "methods.png"
+    assert report.digest(document).encode() in path.read_bytes()
+    assert "](benchmarks/methods.png)" in README.read_text()
+
+
 def test_docs_show_the_compiled_decodes():
     results = json.loads((README.parent / "benchmarks" / "tpu_compile.json").read_text())["results"]
     text = (README.parent / "docs" / "tpu.md").read_text()
