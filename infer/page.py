@@ -18,7 +18,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; 
   overflow-wrap: break-word; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #8888; padding: 0.25em 0.5em; text-align: right; }
-th:first-child, td:first-child, table.text td { text-align: left; }
+th:first-child, td:first-child, table.text td, table.text th { text-align: left; }
 th, td { white-space: nowrap; } table.text td:last-child { white-space: normal; }
 figure, .table { margin: 1em 0; overflow-x: auto; }
 svg { background: white; display: block; min-width: 40em; width: 100%; max-width: 52em;

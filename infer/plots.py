@@ -112,7 +112,7 @@ def by_category(rows: Rows) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["categories"]))
     methods, columns = _methods(rows), min(3, len(names))
     lines = -(-len(names) // columns)
-    with _figure(found, "category", lines * (0.8 + 0.22 * len(methods)) + 0.2) as figure:
+    with _figure(found, "category", lines * max(2.0, 0.8 + 0.22 * len(methods)) + 0.2) as figure:
         panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
         for axes, name in zip(panels.flat, names, strict=False):
             parts = [(row["method"], row["categories"].get(name)) for row in rows]
@@ -208,12 +208,17 @@ def roofline(points: Rows, rates: dict[str, float]) -> str:
         places = sorted({*ends, corner})
         roof = [min(x * rates["bandwidth"], rates["operations"]) / 1e9 for x in places]
         axes.plot(places, roof, color="black", lw=1, label="roof of the device")
+        speeds = [point["operations"] / point["seconds"] / 1e9 for point in points]
+        axes.set_ylim(min(*speeds, *roof) / 2, 2 * max(*speeds, *roof))
         names = list(dict.fromkeys(point["name"] for point in points))
         for index, name in enumerate(names):
             mine = [i for i, point in enumerate(points) if point["name"] == name]
-            rate = [points[i]["operations"] / points[i]["seconds"] / 1e9 for i in mine]
             look = _style(index) | {"linestyle": "none", "markersize": 6}
-            axes.plot([density[i] for i in mine], rate, label=name, **look)
+            reached = [speeds[i] for i in mine]
+            axes.plot([density[i] for i in mine], reached, label=name, **look)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     return found[0]
 
 

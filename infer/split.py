@@ -194,8 +194,8 @@ def time_split(
 def works(engine: Engine, batch: int) -> dict[str, dict[str, float]]:
     """Bytes and operations of the target passes in ``verify`` and ``plain_step``, by arithmetic."""
     found = {
-        "verify": _target_work(engine, batch),
         "plain_step": _target_work(engine.plain(), batch),
+        "verify": _target_work(engine, batch),
     }
     return {name: dataclasses.asdict(work) for name, work in found.items()}
 
