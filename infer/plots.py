@@ -204,7 +204,8 @@ def roofline(points: Rows, rates: dict[str, float]) -> str:
     density = [point["operations"] / point["bytes"] for point in points]
     corner = rates["operations"] / rates["bandwidth"]
     ends = min(*density, corner) / 2, max(*density, corner) * 2
-    with _axes(found, "roofline", **labels, xscale="log", yscale="log") as axes:
+    with _axes(found, "roofline", **labels) as axes:
+        axes.set(xscale="log", yscale="log")
         places = sorted({*ends, corner})
         roof = [min(x * rates["bandwidth"], rates["operations"]) / 1e9 for x in places]
         axes.plot(places, roof, color="black", lw=1, label="roof of the device")

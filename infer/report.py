@@ -222,7 +222,8 @@ _RESULTS = (
     "exact by proof, not by comparison. Drafter: its time in a round, in plain steps."
 )
 _ROOFLINE = (
-    "The target's pass over a draft (verify, rule included) and a plain step: operations of their "
+    "The target's pass over a draft (verify, rule included) and a plain step, a point per batch "
+    "size: operations of their "
     "products, and bytes that they read and write, by arithmetic; times as measured. The roof is "
     "the bandwidth and the rate of large products that the same run measured."
 )

@@ -138,7 +138,7 @@ def problems(found: dict, width: int, dark: bool) -> list[str]:
 @pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(NAMES)} is installed")
 @pytest.mark.parametrize(("width", "dark", "count"), [(1280, False, 20), (390, True, 3)])
 def test_a_browser_shows_the_page(width, dark, count, tmp_path):
-    """Wide, light and full; narrow, dark and small: nothing is loaded, cut, hidden, overlapping or too small."""
+    """Wide, light and full; narrow, dark and small: nothing is loaded, cut, overlapping or tiny."""
     place = tmp_path / "report.html"
     report.write(full_document(count), str(place), str(ROOT / "benchmarks" / "round_cost.json"))
     found = seen(place.read_text(), tmp_path, width, dark)
