@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import runpy
 import types
 
 import jax
@@ -276,3 +278,21 @@ def test_options_of_gpus(monkeypatch):
     assert options() == xla._GPU
     monkeypatch.setenv("CTC_SPEC_XLA", "default")
     assert options() is None
+
+
+def test_chats_for_a_pair(tmp_path):
+    """Questions are in neither the prompts nor the texts; a broken line is left out."""
+    file = pathlib.Path(__file__).parent.parent / "benchmarks" / "chats.py"
+    turns = [
+        [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": "x"}] for i in range(40)
+    ]
+    lines = [json.dumps({"conversations": chat}) for chat in turns]
+    (tmp_path / "chats.jsonl").write_text("\n".join([*lines[:5], "{", *lines[5:]]))
+    runpy.run_path(str(file))["main"](str(tmp_path / "chats.jsonl"), tmp_path)
+    questions = [json.loads(x) for x in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    prompts = [json.loads(x) for x in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert [row["turns"] for row in questions] == [[f"{i}?"] for i in range(32)]
+    assert [row["messages"][0]["content"] for row in prompts] == [f"{i}?" for i in range(32, 40)]
+    texts = sorted(path.name for path in (tmp_path / "chat_texts").iterdir())
+    assert texts == sorted(["__init__.py", *(f"{i}.py" for i in range(8))])
+    assert (tmp_path / "chat_texts" / "3.py").read_text() == "user: 35?\nassistant: x\n"
