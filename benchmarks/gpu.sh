@@ -18,7 +18,9 @@ run() { # name, command: results in a .txt, progress in a .log, one line on the 
 }
 py() { run "$1" "$PYTHON" -m "${@:2}"; }
 steps() { # name, model, more
-  py "$1" infer.steps --model "configs/models/$2.json" --dtype bfloat16 --json "$OUT/$1.json" "${@:3}"
+  "$PYTHON" -c "import matplotlib" 2>/dev/null && local plot=(--plot "$OUT/$1.png")
+  py "$1" infer.steps --model "configs/models/$2.json" --dtype bfloat16 --json "$OUT/$1.json" \
+    ${plot[@]+"${plot[@]}"} "${@:3}"
 }
 if [[ $PARTS == *steps* ]]; then
   for model in llama2_7b qwen3_8b; do # torch needs room of its own beside jax
@@ -27,10 +29,9 @@ if [[ $PARTS == *steps* ]]; then
   CTC_SPEC_XLA=default steps llama2_7b_default_options llama2_7b --base 512 64 1
 fi
 if [[ $PARTS == *growth* ]]; then
-  few="--repeats 3 --plot"
-  steps nodes llama2_7b $few "$OUT/nodes.png" --tree-nodes 1 4 16 64 256
-  steps batch llama2_7b $few "$OUT/batch.png" --base 512 16 1 --batch 8 64
-  steps context llama2_7b $few "$OUT/context.png" --context 128 2048 8192 32768
+  steps nodes llama2_7b --repeats 3 --tree-nodes 1 4 16 64 256
+  steps batch llama2_7b --repeats 3 --base 512 16 1 --batch 8 64
+  steps context llama2_7b --repeats 3 --context 128 2048 8192 32768
 fi
 if [[ $PARTS == *train* && ! -r $CHATS ]]; then
   echo "train: left out, no file of chats was named"
@@ -53,6 +54,6 @@ elif [[ $PARTS == *train* ]]; then
   py benchmark infer.benchmark --target "$OUT/target/export" --template "$OUT/chat.jinja" \
     --drafters "$OUT"/{ctc,medusa,eagle}/export --prompts "$OUT/questions.jsonl" --limit "${QUESTIONS:-16}" \
     --methods ctc,medusa,eagle,prompt_lookup --tree-nodes 16 --batch 1 8 --max-new-tokens 128 \
-    --dtype "$DTYPE" --json "$OUT/benchmark.json" --report "$OUT/benchmark.html"
+    --dtype "$DTYPE" --no-split --json "$OUT/benchmark.json" --report "$OUT/benchmark.html"
 fi
 for table in "$OUT"/*.txt; do printf '\n== %s\n' "$table"; tail -n 14 "$table"; done

@@ -189,17 +189,22 @@ def hardware() -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "device": f"{cpu}, {os.cpu_count()} cores"
         if device.platform == "cpu"
         else device.device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # a machine without git
+        return ""
 
 
 def _lines(path: str) -> list[str]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -162,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--peers", action="store_true", help="transformers too, at the base")
     options.add_argument("--repeats", type=int, default=7)
     options.add_argument("--json", help="file to write the figures to")
-    options.add_argument("--plot", help="picture to draw (needs matplotlib, extra notebook)")
+    options.add_argument("--plot", help="picture to draw (needs matplotlib, extra report)")
     return options
 
 
@@ -177,6 +178,8 @@ def check(given: argparse.Namespace) -> None:
     if given.layers and given.model is None:
         raise InputError("--layers: expected --model beside it, found none")
     check_json(given.json)
+    if given.plot and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot: expected matplotlib (pip install -e '.[report]'), found none")
     if given.plot and not pathlib.Path(given.plot).absolute().parent.is_dir():
         raise InputError(f"--plot: expected a file in a folder that exists, found {given.plot}")
 
