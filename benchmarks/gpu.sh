@@ -26,7 +26,7 @@ if [[ $PARTS == *steps* ]]; then
   for model in llama2_7b qwen3_8b; do # torch needs room of its own beside jax
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 steps "$model" $model --base 512 64 1 --peers
   done
-  CTC_SPEC_XLA=default steps llama2_7b_default_options llama2_7b --base 512 64 1
+  CTC_SPEC_XLA=graphs steps llama2_7b_graphs llama2_7b --base 512 64 1
 fi
 if [[ $PARTS == *growth* ]]; then
   steps nodes llama2_7b --repeats 3 --tree-nodes 1 4 16 64 256

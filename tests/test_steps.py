@@ -269,15 +269,16 @@ def test_steps_of_transformers(model, quick, monkeypatch):
 
 
 def test_options_of_gpus(monkeypatch):
-    """This version of XLA knows all of them; the environment switches them off."""
+    """This version of XLA knows all of them; the environment switches them on."""
     assert all(xla._accepts(name, value) for name, value in xla._GPU.items())
     assert not xla._accepts("xla_gpu_graph_min_graph_size", "many")
     assert "WHILE" in xla._GPU["xla_gpu_enable_command_buffer"].split(",")
     options = xla.decode_options.__wrapped__
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert options() == xla._GPU
-    monkeypatch.setenv("CTC_SPEC_XLA", "default")
+    monkeypatch.delenv("CTC_SPEC_XLA", raising=False)
     assert options() is None
+    monkeypatch.setenv("CTC_SPEC_XLA", "graphs")
+    assert options() == xla._GPU
 
 
 def test_chats_for_a_pair(tmp_path):
