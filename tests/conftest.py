@@ -3,9 +3,9 @@
 import gc
 import os
 
-# Tests compile far more than they compute: unoptimised machine code is ready in little more than
-# half the time. Passes of XLA itself, which the tests of copies and memory look at, still run.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+from tests import GIVEN_XLA_FLAGS, XLA_FLAGS
+
+os.environ["XLA_FLAGS"] = XLA_FLAGS
 
 import jax
 import pytest
@@ -14,6 +14,11 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# The options are read once, when devices are looked for. Programs that tests start in processes
+# of their own compile as they do for users, unless their results are compared with those of here.
+jax.devices()
+os.environ["XLA_FLAGS"] = GIVEN_XLA_FLAGS
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,9 +8,9 @@ import dataclasses
 import json
 import os
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+from tests import XLA_FLAGS
+
+os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp

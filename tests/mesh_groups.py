@@ -7,9 +7,9 @@ jax starts; prints one line of JSON per check.
 import json
 import os
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-)
+from tests import XLA_FLAGS
+
+os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} --xla_force_host_platform_device_count=4"
 
 import jax
 import numpy as np

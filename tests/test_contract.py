@@ -44,8 +44,16 @@ def nearly_target(drafter, key):
 
 
 def fresh(drafter, key):
-    """What training starts from, its weights enlarged so that drafts depend on the text."""
-    return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, drafter.init_params(key))
+    """What training starts from, its matrices moved and enlarged: drafts depend on the text.
+
+    Matrices that start at 0 would make all heads equal, and which of equally good paths stay in a
+    tree would be a matter of rounding.
+    """
+    leaves, tree = jax.tree.flatten(drafter.init_params(key))
+    keys = jax.random.split(key, len(leaves))
+    noise = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    moved = [8 * (x + n) if x.ndim > 1 else x for x, n in zip(leaves, noise, strict=True)]
+    return jax.tree.unflatten(tree, moved)
 
 
 TINY = dict.fromkeys(recipes.of_language_models(), nearly_target)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests import XLA_FLAGS
 from train import hosts
 from train import train as program
 from train.config import load_config
@@ -48,6 +49,7 @@ def start(folder, steps: int) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     inherited = {name: os.environ[name] for name in os.environ if name != "TPU_LIBRARY_PATH"}
     common = {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    common |= {"XLA_FLAGS": XLA_FLAGS}
     common |= {"JAX_COMPILATION_CACHE_DIR": CACHE or str(folder / "cache")}
     common |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     command = [sys.executable, "-m", "train.train", "--multihost"]

@@ -9,6 +9,7 @@ import functools
 import importlib
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -487,6 +488,26 @@ def test_generate_end_to_end(pair, call, tmp_path):
     assert [size["tree_nodes"] for size in result["sizes"]] == [8]
     assert re.search(r"^identical +yes$", printed, re.MULTILINE)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_exact_as_the_ordinary_compiler_optimises(pair, tmp_path):
+    """Tests compile in haste; here the program starts as users start it."""
+    out = tmp_path / "results.json"
+    inherited = {name: os.environ[name] for name in os.environ if name != "TPU_LIBRARY_PATH"}
+    assert "optimization_level=0" not in inherited.get("XLA_FLAGS", "")
+    arguments = ["--target", pair.target, "--drafter", pair.drafter, "--prompt", "import numpy"]
+    numbers = ["--max-new-tokens", "24", "--tree-nodes", "8", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "infer.generate", *arguments, *numbers, "--compare", "--json", out],
+        cwd=ROOT,
+        env=inherited | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["identical"] is True and 0 < result["rounds"] <= result["tokens"] == 24
 
 
 def test_one_differing_token_is_not_identical():

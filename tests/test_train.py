@@ -21,6 +21,7 @@ from ctc_spec_jax.checkpoint import Checkpoints, load_params
 from ctc_spec_jax.decode import NoDraft
 from ctc_spec_jax.draft.anchors import sample_anchors
 from ctc_spec_jax.errors import InputError
+from tests import XLA_FLAGS
 from tests.helpers import run
 from train import regenerate, runs
 from train import step as steps
@@ -115,6 +116,7 @@ def program_run(workplace, *arguments, source=None, **environment) -> subprocess
     # jax sets this one when it is imported and warns where it finds it.
     inherited = {name: os.environ[name] for name in os.environ if name != "TPU_LIBRARY_PATH"}
     strict = {
+        "XLA_FLAGS": XLA_FLAGS,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
@@ -385,7 +387,7 @@ def test_two_devices_follow_the_curve_of_one(whole, workplace):
     result = program_run(
         workplace,
         *arguments,
-        XLA_FLAGS=os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
+        XLA_FLAGS=XLA_FLAGS + " --xla_force_host_platform_device_count=2",
     )
     assert result.returncode == 0, result.stderr
     record = json.loads((folder / "export" / "training.json").read_text())
