@@ -16,6 +16,7 @@ S cache slots.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -186,6 +187,15 @@ def _warp(logits, sampling: Sampling, greedy):
     logits = logits / temperature
     if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
         return logits
+    # A branch reads its operands from memory. Left among what makes the logits, XLA may make them
+    # twice, for a threshold and where they are compared with it, and round them differently (a
+    # product and a sum in one): the very token that a filter ends at would be ruled out.
+    filtered = functools.partial(_filtered, sampling=sampling, greedy=greedy)
+    return jax.lax.cond(jnp.all(greedy), lambda x: x, filtered, logits)
+
+
+def _filtered(logits, sampling: Sampling, greedy):
+    """Minus infinity for tokens below the thresholds of top-k, top-p and min-p."""
     best = jax.lax.top_k(logits, min(_CANDIDATES, logits.shape[-1]))[0]
     # Not the first of the best: XLA on CPU would sort the vocabulary for a slice of a top-k.
     ordered, peak = _ordered(logits), jnp.max(logits, axis=-1, keepdims=True)

@@ -103,7 +103,9 @@ def test_two_processes_are_one_run(tmp_path, capsys):
     # The same folder, longer; process 1 is killed in the middle.
     processes = start(tmp_path, 100000)
     until = time.monotonic() + 200
-    while not any(line["step"] >= 17 for line in curve(tmp_path / "run")):
+    # A checkpoint is written beside the steps that follow it, and has its name once it is whole.
+    kept = tmp_path / "run" / "checkpoints" / "15"
+    while not kept.exists() or not any(line["step"] >= 17 for line in curve(tmp_path / "run")):
         assert time.monotonic() < until and processes[0].poll() is None
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGKILL)
