@@ -39,8 +39,8 @@ def test_a_round_moves_activations_only(lines):
     """Caches stay in place, and no sum over chips is there that the layers do not need.
 
     Embeddings of nodes and of the tokens after accepted ones, two per layer of drafter and target,
-    two per softmax and arg-max, the drafter's candidates, and the loop's condition: 13. The planted fault, a cache that is written without
-    telling the partitioner how, makes two more.
+    two per softmax and arg-max, the drafter's candidates, and the loop's condition: 13. The planted
+    fault, a cache that is written without telling the partitioner how, makes two more.
     """
     clean, fault = [line for line in lines if "fault" in line]
     assert not clean["copies"]
