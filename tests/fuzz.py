@@ -507,7 +507,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this request alone")
     parser.add_argument("--methods", metavar="NAMES", help="drafters of these, or of all")
     args = parser.parse_args()
-    fields: dict[str, Any] = {"progress": args.only is None}
+    fields: dict[str, Any] = {}
     if args.methods:
         names = [*recipes.RECIPES] if args.methods == "all" else args.methods.split(",")
         fields["drafters"] = dict(map(of_method, names))
