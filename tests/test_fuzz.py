@@ -28,6 +28,14 @@ def test_every_request_decodes_like_the_reference(guesser):
     assert summary.near_ties + summary.near_thresholds < 5
 
 
+def test_the_command(monkeypatch, capsys):
+    """As in the README: named methods, a line of figures, and the status of no difference."""
+    monkeypatch.setattr("sys.argv", ["fuzz", "--requests", "8", "--methods", "prompt_lookup"])
+    with pytest.raises(SystemExit) as ended:
+        fuzz.main()
+    assert ended.value.code == 0 and "differences 0" in capsys.readouterr().out
+
+
 def test_a_method_decodes_like_the_reference(guesser):
     """Any row of ``recipes.RECIPES`` can stand in the place of the oracles."""
     loop, params = fuzz.of_method("ngram_pool")
