@@ -118,9 +118,9 @@ def extend(
     counts,
     request: Request,
 ) -> DecodeState:
-    """A new prompt that shares its first ``keep`` tokens with what is in the cache, and the next
-    one, which a drafter may have read with them.
+    """A new prompt that shares its first ``keep`` tokens, and the next, with what is in the cache.
 
+    That next one a drafter may have read together with the last that is kept.
     The rest is a chain whose every node is accepted. Rolling back is not writing: what lies
     behind ``keep`` is overwritten.
 

@@ -59,10 +59,8 @@ def decode_options() -> dict[str, str] | None:
     An option that this version of XLA does not know is left out. Those of GPUs are taken with
     ``CTC_SPEC_XLA=graphs`` in the environment alone: no run on a GPU has shown yet that they help.
     """
-    wanted = {"cpu": _CPU}
-    if os.environ.get("CTC_SPEC_XLA") == "graphs":
-        wanted["gpu"] = _GPU
-    wanted = wanted.get(jax.default_backend(), {})
+    graphs = os.environ.get("CTC_SPEC_XLA") == "graphs"
+    wanted = {"cpu": _CPU, "gpu": _GPU if graphs else {}}.get(jax.default_backend(), {})
     known = {name: value for name, value in wanted.items() if _accepts(name, value)}
     return known or None
 

@@ -32,8 +32,6 @@ from ctc_spec_jax.types import (
 from infer import roofline
 from infer.rounds import PROMPT, ROUNDS, in_turns, round_state, round_timer
 
-_ROUNDS = 16
-
 
 @dataclasses.dataclass(frozen=True)
 class _GivenTree:
@@ -83,7 +81,7 @@ def _proposals(loop, params, draft_params, state: DecodeState, request: Request)
         tree = _propose(loop, params, draft_params, state, request, zero, index)
         return _zero_of(tree.tokens, tree.parents, tree.valid)
 
-    return jax.lax.fori_loop(0, _ROUNDS, step, jnp.int32(0))
+    return jax.lax.fori_loop(0, ROUNDS, step, jnp.int32(0))
 
 
 def _shapes(loop, params, tree: DraftTree, state: DecodeState, request: Request):
@@ -91,7 +89,7 @@ def _shapes(loop, params, tree: DraftTree, state: DecodeState, request: Request)
         _, _, depth, mask = _shape(loop, _moved(tree, zero))
         return _zero_of(depth, mask)
 
-    return jax.lax.fori_loop(0, _ROUNDS, step, jnp.int32(0))
+    return jax.lax.fori_loop(0, ROUNDS, step, jnp.int32(0))
 
 
 def _shape(loop, tree: DraftTree):
@@ -114,7 +112,7 @@ def _verifications(loop, params, tree: DraftTree, state: DecodeState, request: R
         kept = loop.verifier(keys, mine, depth, mask, laws, drafter.max_depth)
         return _zero_of(kept.path, kept.length, kept.next_token)
 
-    return jax.lax.fori_loop(0, _ROUNDS, step, jnp.int32(0))
+    return jax.lax.fori_loop(0, ROUNDS, step, jnp.int32(0))
 
 
 def _timer(function: Callable, *arguments: Any) -> Callable[[], float]:
@@ -123,7 +121,7 @@ def _timer(function: Callable, *arguments: Any) -> Callable[[], float]:
     def run() -> float:
         began = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
-        return (time.perf_counter() - began) / _ROUNDS
+        return (time.perf_counter() - began) / ROUNDS
 
     run()  # compiles
     return run

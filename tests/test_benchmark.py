@@ -733,7 +733,7 @@ def _products(count, weights):
             x = jnp.tanh(x @ weights)
         return x
 
-    return jax.lax.fori_loop(0, split._ROUNDS, step, jnp.ones((1, len(weights)), jnp.float32))
+    return jax.lax.fori_loop(0, split.ROUNDS, step, jnp.ones((1, len(weights)), jnp.float32))
 
 
 def test_peers(engine, target):
