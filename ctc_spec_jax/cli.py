@@ -81,6 +81,27 @@ def use_precision(dtype: str) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def add_precision(parser: argparse.ArgumentParser, default: str = "float32") -> None:
+    """Flags for the numbers of target and drafter; see ``load_engine``."""
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default=default)
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="the target's matrices in eight bits: half the bytes of bfloat16, other answers",
+    )
+
+
+def numbers(arguments: argparse.Namespace) -> str:
+    """What the flags of ``add_precision`` say, in words for settings that are compared."""
+    return arguments.dtype + ", matrices in int8" * arguments.int8
+
+
+def load_engine(target: str, arguments: argparse.Namespace) -> Engine:
+    """A target in the numbers that the flags of ``add_precision`` say, without a drafter."""
+    dtype = DTYPES[arguments.dtype]
+    return Engine.from_pretrained(target, dtype=dtype, int8=arguments.int8)
+
+
 _DEPTH = 8
 """Deepest node of drafts that no folder gives a depth."""
 

@@ -16,17 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ctc_spec_jax import decode as loop_of
-from ctc_spec_jax import (
-    demo,
-    folders,
-    memory,
-    options,
-    recipes,
-    sharding,
-    stops,
-    streaming,
-    xla,
-)
+from ctc_spec_jax import demo, folders, memory, options, recipes, sharding, stops, streaming, xla
 from ctc_spec_jax.decode import Loop, NoDraft
 from ctc_spec_jax.draft.training import Shape
 from ctc_spec_jax.errors import InputError
@@ -69,19 +59,22 @@ class Engine:
         dtype=jnp.float32,
         revision: str | None = None,
         mesh: Mesh | None = None,
+        int8: bool = False,
     ) -> Engine:
         """Load a target (Hugging Face folder or hub id) and a drafter folder.
 
         Without arguments the embedded demo pair is loaded; a target without a drafter decodes
         plainly. On a ``mesh`` every tensor goes from the file to its places, so that neither the
-        host nor a device ever holds the whole model.
+        host nor a device ever holds the whole model. ``int8`` stores the target's matrices in
+        eight bits: a step reads half of bfloat16's bytes, and the answers are those of the rounded
+        model, see ``models.int8``. A drafter stays in ``dtype``.
 
         Raises:
           InputError: missing, broken or mismatched files.
         """
         if target is None:
             target, drafter = str(demo.target_folder()), drafter or str(demo.drafter_folder())
-        lm, params, tokenizer = folders.load_target(target, dtype, revision, mesh)
+        lm, params, tokenizer = folders.load_target(target, dtype, revision, mesh, int8)
         ends = folders.stop_ids(target, tokenizer, revision)
         engine = cls(lm, params, tokenizer, stop_ids=ends, mesh=mesh)
         return engine if drafter is None else engine.with_drafter(drafter, tree_nodes, dtype)

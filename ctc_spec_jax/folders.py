@@ -27,19 +27,29 @@ from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
 from ctc_spec_jax.models.config import FAMILIES
 from ctc_spec_jax.models.decoder import DecoderLM
+from ctc_spec_jax.models.int8 import own_head, rounded_params, rounding
 from ctc_spec_jax.types import Params
 
 
 def load_target(
-    path_or_id: str, dtype=jnp.float32, revision: str | None = None, mesh: Mesh | None = None
+    path_or_id: str,
+    dtype=jnp.float32,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    int8: bool = False,
 ):
     """Target, parameters and tokenizer of a Hugging Face folder or hub id.
 
-    On a mesh every parameter lies as ``sharding.parameters`` says.
+    On a mesh every parameter lies as ``sharding.parameters`` says; ``int8``: see ``models.int8``.
     """
     folder = convert.target_folder(path_or_id, revision)
-    put = None if mesh is None else lambda path, x: _place(path[-1], x, mesh)
-    lm, params = convert.load_target(str(folder), dtype, put=put)
+
+    def put(path, x):
+        return jnp.asarray(x) if mesh is None else _place(path[-1], x, mesh)
+
+    store = rounding(put) if int8 else put
+    lm, params = convert.load_target(str(folder), dtype, put=store)
+    params = own_head(params, put) if int8 else params
     tokenizer = load_tokenizer(folder)
     positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     if isinstance(positions, int):
@@ -282,10 +292,8 @@ def _check_pair(network, description: dict[str, Any], lm: DecoderLM, tokenizer) 
 def _check_tokenizer(tokenizer, expected: str) -> None:
     found = tokenizer_hash(tokenizer)
     if found != expected:
-        raise InputError(
-            "drafter tokenizer: expected the vocabulary the drafter was trained with "
-            f"(sha256 {expected[:12]}), found {found[:12]}"
-        )
+        expected = f"the vocabulary the drafter was trained with (sha256 {expected[:12]})"
+        raise InputError(f"drafter tokenizer: expected {expected}, found {found[:12]}")
 
 
 def _read_params(folder: pathlib.Path, drafter, dtype, mesh: Mesh | None) -> Params:
@@ -311,13 +319,16 @@ def _place(name: str, leaf: np.ndarray, mesh: Mesh):
     return jax.device_put(leaf, sharding.home(mesh, name, leaf.shape))
 
 
-def abstract_target(path: str, dtype=jnp.float32, num_layers: int = 0) -> tuple[DecoderLM, Params]:
+def abstract_target(
+    path: str, dtype=jnp.float32, num_layers: int = 0, int8: bool = False
+) -> tuple[DecoderLM, Params]:
     """Target and the shapes of its parameters, of a ``config.json`` without weights.
 
     Args:
       path: the file, such as those of ``configs/models``.
       dtype: of the parameters.
       num_layers: the first layers alone; 0 for all.
+      int8: matrices in eight bits, see ``models.int8``.
 
     Raises:
       InputError: the file is missing, is not a JSON object, or describes an unsupported model.
@@ -329,7 +340,8 @@ def abstract_target(path: str, dtype=jnp.float32, num_layers: int = 0) -> tuple[
         windows = config.windows[:num_layers]
         config = dataclasses.replace(config, num_layers=num_layers, windows=windows)
     lm = DecoderLM(config)
-    return lm, abstract_params(lm.init, dtype)
+    shapes = abstract_params(lm.init, dtype)
+    return lm, jax.eval_shape(rounded_params, shapes) if int8 else shapes
 
 
 def abstract_params(init, dtype=jnp.float32) -> Params:

@@ -24,7 +24,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ctc_spec_jax import demo, recipes
-from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache, use_precision
+from ctc_spec_jax.cli import (
+    DTYPES,
+    add_precision,
+    exit_on_bad_input,
+    load_engine,
+    numbers,
+    use_compilation_cache,
+    use_precision,
+)
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
@@ -136,7 +144,7 @@ def new_document(bench: Bench, left_out: list[LeftOut]) -> dict[str, Any]:
     """The file before the first cell: machine, versions, commit, settings and no results."""
     given = bench.arguments
     tokens = json.dumps([[turn.tokens for turn in talk] for talk in bench.talks])
-    names = ("max_new_tokens", "tree_nodes", "repeats", "seed", "dtype")
+    names = ("max_new_tokens", "tree_nodes", "repeats", "seed")
     versions = {name: importlib.metadata.version(name) for name in ("flax", "numpy")}
     machine = hardware()
     return {
@@ -145,6 +153,7 @@ def new_document(bench: Bench, left_out: list[LeftOut]) -> dict[str, Any]:
         "settings": {
             "target": given.target or "demo",
             **{name: getattr(given, name) for name in names},
+            "dtype": numbers(given),
             "prompts": [pathlib.Path(path).name for path in given.prompts or ["heldout"]],
             "questions": len(bench.talks),
             "turns": sum(map(len, bench.talks)),
@@ -206,7 +215,7 @@ def _parse() -> argparse.Namespace:
     add("--tree-nodes", type=int, default=demo.TREE_NODES, help="nodes of a draft, root included")
     add("--drafters", nargs="+", default=[], metavar="FOLDER", help="folders of trained drafters")
     add("--target", help="Hugging Face folder or hub id (default: the demo)")
-    add("--dtype", choices=sorted(DTYPES), default="float32")
+    add_precision(parser)
     add("--template", help="Jinja file with a chat template")
     add("--repeats", type=int, default=3, help="timed runs of each batch")
     add("--seed", type=int, default=0)
@@ -235,6 +244,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--resume: expected --json, the file to go on with, found none")
     check_json(arguments.json)
     report.check(arguments.report, arguments.round_cost)
+    if arguments.peers and arguments.int8:
+        raise InputError("--int8: expected no --peers, whose weights are not rounded, found both")
     if arguments.peers:
         peers.load_torch()
         # Both libraries share one GPU: JAX must not take most of its memory at once.
@@ -252,7 +263,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Bench, list[str]]:
         own = [f for f in methods.demo_folders() if not methods.by_method([f]).keys() & taken]
         arguments.drafters = [*arguments.drafters, *own]
     target = arguments.target or str(demo.target_folder())
-    engine = Engine.from_pretrained(target, dtype=DTYPES[arguments.dtype])
+    engine = load_engine(target, arguments)
     if arguments.template:
         try:
             engine.tokenizer.chat_template = pathlib.Path(arguments.template).read_text("utf-8")

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 
 from ctc_spec_jax import demo
 from ctc_spec_jax.cli import (
-    DTYPES,
     add_method,
     add_options,
+    add_precision,
     exit_on_bad_input,
+    load_engine,
     option_fields,
     painted,
     use_compilation_cache,
@@ -45,7 +46,7 @@ def _parse() -> argparse.Namespace:
         default=demo.TREE_NODES,
         help="a size, or auto: measure first which one pays here, if any",
     )
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    add_precision(parser)
     parser.add_argument("--rounds", type=int, default=4, help="target passes between two pieces")
     add_options(parser)
     return parser.parse_args()
@@ -91,10 +92,9 @@ def main() -> None:
     arguments = _parse()
     use_compilation_cache()
     use_precision(arguments.dtype)
-    dtype = DTYPES[arguments.dtype]
     target = arguments.target or str(demo.target_folder())
     sizes = advice.tree_sizes([arguments.tree_nodes])
-    engine = Engine.from_pretrained(target, dtype=dtype)
+    engine = load_engine(target, arguments)
     if sizes is not None:
         engine = with_drafts(engine, arguments, sizes[0])
     if arguments.template:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ctc_spec_jax import aot, decode, folders, sharding
-from ctc_spec_jax.cli import DTYPES, exit_on_bad_input
+from ctc_spec_jax.cli import DTYPES, add_precision, exit_on_bad_input
 from ctc_spec_jax.decode import Loop, NoDraft
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
 from ctc_spec_jax.errors import InputError
@@ -101,7 +101,7 @@ def compile_all(
       InputError: bad sizes, or a program that does not fit; those before it are in ``found``.
     """
     dtype, mesh = DTYPES[given.dtype], sharding.mesh_of(given.mesh, slice_.devices)
-    lm, params = folders.abstract_target(given.model, dtype, given.layers)
+    lm, params = folders.abstract_target(given.model, dtype, given.layers, given.int8)
     sizes = (given.batch, given.prompt, given.new_tokens)
     shape = (given.drafter_layers, given.frames, given.depth)
     nodes = sorted({1, *given.tree_nodes})
@@ -123,12 +123,12 @@ def bound_cycles(given: argparse.Namespace, slice_: aot.Topology) -> int:
     No plain step can take fewer.
     """
     dtype, mesh = DTYPES[given.dtype], sharding.mesh_of(given.mesh, slice_.devices)
-    lm, params = folders.abstract_target(given.model, dtype, given.layers)
+    lm, params = folders.abstract_target(given.model, dtype, given.layers, given.int8)
     loop = Loop(lm, NoDraft(), TargetSample(), given.new_tokens)
     (placed, _), _, state = arguments_of(loop, params, (), given.batch, given.prompt, mesh)
     read = jax.tree.leaves((roofline.read_each_step(placed), state.cache))
-    parts = [math.prod(x.sharding.shard_shape(x.shape)) for x in read]
-    return round(sum(parts) * jnp.dtype(dtype).itemsize / slice_.bandwidth * slice_.clock)
+    parts = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in read]
+    return round(sum(parts) / slice_.bandwidth * slice_.clock)
 
 
 def add_result(path: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
@@ -155,8 +155,8 @@ def overview(results: list[dict[str, Any]]) -> str:
         settings, programs = result["settings"], result["programs"]
         if "mesh" not in settings:
             continue
-        place = pathlib.Path(settings["model"]).stem, settings["topology"], settings["mesh"]
-        place = *place, str(settings["batch"])
+        model = pathlib.Path(settings["model"]).stem + " int8" * settings.get("int8", False)
+        place = model, settings["topology"], settings["mesh"], str(settings["batch"])
         if result["problem"]:
             rows.append((*place, result["problem"].rpartition("found a need of ")[2] + " (no)"))
             continue
@@ -195,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--depth", type=int, default=8, help="deepest node of a tree")
     options.add_argument("--drafter-layers", type=int, default=1)
     options.add_argument("--frames", type=int, default=12)
-    options.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    add_precision(options, "bfloat16")
     options.add_argument("--layers", type=int, default=0, help="the target's first layers alone")
     options.add_argument("--json", help="file to put the figures into, beside those it holds")
     return options
@@ -211,6 +211,8 @@ def main() -> None:
     check_json(given.json)
     slice_ = aot.topology(given.topology)
     settings = {name: value for name, value in vars(given).items() if name != "json"}
+    if not given.int8:  # as results were named before there was a choice
+        del settings["int8"]
     found: dict[str, aot.Program] = {}
     problem = None
     try:

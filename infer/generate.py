@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from ctc_spec_jax import demo
 from ctc_spec_jax.cli import (
-    DTYPES,
     add_method,
     add_options,
+    add_precision,
     exit_on_bad_input,
+    load_engine,
     option_fields,
     painted,
     use_compilation_cache,
@@ -236,7 +237,7 @@ def _parse() -> argparse.Namespace:
         default=[demo.TREE_NODES],
         help="one or more sizes, or auto: measure first which one pays here, if any",
     )
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    add_precision(parser)
     parser.add_argument("--compare", action="store_true", help="also decode plainly")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each prompt")
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded at a time")
@@ -263,10 +264,9 @@ def main() -> None:
     """Entry point of ``python -m infer.generate``."""
     arguments = _parse()
     use_compilation_cache()
-    dtype = DTYPES[arguments.dtype]
     use_precision(arguments.dtype)
     target = arguments.target or str(demo.target_folder())
-    engine = Engine.from_pretrained(target, dtype=dtype)
+    engine = load_engine(target, arguments)
     sizes = arguments.tree_nodes
     if sizes is not None:
         engine = with_drafts(engine, arguments, sizes[0])

@@ -50,17 +50,25 @@ def random_arrays(shapes: Any, seed: int = 0) -> Any:
     places, structure = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(jax.random.key(seed), max(1, len(places)))
     made = [
-        jnp.ones(leaf.shape, leaf.dtype)
-        if "norm" in jax.tree_util.keystr(path[-1:])
-        else _normal(key, leaf.shape, leaf.dtype)
+        _random(key, jax.tree_util.keystr(path[-1:]), leaf)
         for key, (path, leaf) in zip(keys, places, strict=False)
     ]
     return jax.tree.unflatten(structure, made)
 
 
-def random_engine(path: str, dtype, num_layers: int = 0) -> Engine:
+def _random(key, name: str, leaf):
+    if "norm" in name:
+        return jnp.ones(leaf.shape, leaf.dtype)
+    if leaf.dtype == jnp.int8:
+        return jax.random.bits(key, leaf.shape, jnp.uint8).view(jnp.int8)
+    if "scale" in name:  # of a matrix in eight bits
+        return jnp.full(leaf.shape, _SCALE / 64, leaf.dtype)
+    return _normal(key, leaf.shape, leaf.dtype)
+
+
+def random_engine(path: str, dtype, num_layers: int = 0, int8: bool = False) -> Engine:
     """A target of a ``config.json`` without weights, decoding plainly; see ``abstract_target``."""
-    lm, shapes = folders.abstract_target(path, dtype, num_layers)
+    lm, shapes = folders.abstract_target(path, dtype, num_layers, int8)
     memory.check(memory.tree_bytes(shapes), 1, f"weights of {path}")
     return Engine(lm, random_arrays(shapes), Silent())
 

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from ctc_spec_jax import demo, memory
 from ctc_spec_jax.cli import (
-    DTYPES,
     add_method,
+    add_precision,
     exit_on_bad_input,
+    load_engine,
     use_compilation_cache,
     use_precision,
     with_drafts,
@@ -253,7 +254,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", help="Hugging Face folder or hub id (default: the demo)")
     add_method(parser)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    add_precision(parser)
     parser.add_argument(
         "--tree-nodes", type=int, nargs="+", help="1 4 8 16 32 64; with --advise 2 instead of 1"
     )
@@ -329,10 +330,9 @@ def main() -> None:
     """Entry point of ``python -m infer.profile``."""
     arguments = _parse()
     use_compilation_cache()
-    dtype = DTYPES[arguments.dtype]
     if arguments.advise:  # as the programs decode that ask for it
         use_precision(arguments.dtype)
-    engine = Engine.from_pretrained(arguments.target or str(demo.target_folder()), dtype=dtype)
+    engine = load_engine(arguments.target or str(demo.target_folder()), arguments)
     (_advise if arguments.advise else _costs)(engine, arguments)
 
 

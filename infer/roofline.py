@@ -11,7 +11,6 @@ C head width, F draft frames.
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 
 from ctc_spec_jax import memory
 from ctc_spec_jax.models.config import DecoderConfig
+from ctc_spec_jax.models.int8 import Int8
 from ctc_spec_jax.types import Params
 
 _CALLS = 8
@@ -82,7 +82,7 @@ def cache_bytes(config: DecoderConfig, tokens: int, width: int, windows: bool = 
 def plain_bound(config: DecoderConfig, params: Params, context: int, batch: int) -> Work:
     """What no plain step can do without: its weights and the caches of its rows, read once."""
     read = read_each_step(params)
-    width = jax.tree.leaves(read)[0].dtype.itemsize
+    width = params["embedding"].dtype.itemsize
     size = memory.tree_bytes(read) + batch * cache_bytes(config, context, width, windows=True)
     return Work(size, 2 * batch * _product_weights(read))
 
@@ -90,7 +90,7 @@ def plain_bound(config: DecoderConfig, params: Params, context: int, batch: int)
 def target_work(config: DecoderConfig, params: Params, batch: int, nodes: int, slots: int) -> Work:
     """Of a pass over B trees of N nodes beside caches of S slots, all of which are read."""
     read = read_each_step(params)
-    width, rows = jax.tree.leaves(read)[0].dtype.itemsize, batch * nodes
+    width, rows = params["embedding"].dtype.itemsize, batch * nodes
     heads = config.num_heads * config.num_layers
     scores, logits = heads * rows * (slots + nodes), rows * config.vocab_size
     size = memory.tree_bytes(read) + batch * cache_bytes(config, slots, width)
@@ -114,8 +114,8 @@ def drafter_work(
       slots: S of its cache.
     """
     head = params["head"] if "head" in params else params["embedding"]
-    width, rows = head.dtype.itemsize, batch * network.frames
-    size = memory.tree_bytes(draft_params) + head.size * width
+    width, rows = params["embedding"].dtype.itemsize, batch * network.frames
+    size = memory.tree_bytes((draft_params, head))
     size += (
         batch * slots * 2 * network.num_layers * network.num_kv_heads * network.head_width * width
     )
@@ -129,7 +129,8 @@ def drafter_work(
 
 def _product_weights(params: Params) -> int:
     """Numbers in the matrices of a pytree; the rest are norms and biases."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(params) if len(x.shape) > 1)
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8))
+    return sum(x.size for x in leaves if x.ndim > 1)
 
 
 def measure(dtype) -> Rates:

@@ -26,7 +26,13 @@ import jax
 from tqdm import tqdm
 
 from ctc_spec_jax import demo, memory
-from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache
+from ctc_spec_jax.cli import (
+    DTYPES,
+    add_precision,
+    exit_on_bad_input,
+    load_engine,
+    use_compilation_cache,
+)
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from infer import growth, made_up, peer_steps, roofline
@@ -48,10 +54,10 @@ def engines_of(given: argparse.Namespace) -> Engines:
     """
     dtype = DTYPES[given.dtype]
     if given.model is None:
-        plain = Engine.from_pretrained(str(demo.target_folder()), dtype=dtype)
+        plain = load_engine(str(demo.target_folder()), given)
         folder = str(demo.drafter_folder())
         return lambda n: plain.with_drafter(folder, n, dtype) if n > 1 else plain
-    plain = made_up.random_engine(given.model, dtype, given.layers)
+    plain = made_up.random_engine(given.model, dtype, given.layers, given.int8)
     shape = (given.drafter_layers, given.frames, given.depth)
     made: list[Any] = []
 
@@ -145,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--model", help="config.json of a target without weights: random ones")
     options.add_argument("--layers", type=int, default=0, help="the target's first layers alone")
-    options.add_argument("--dtype", choices=DTYPES, default="float32")
+    add_precision(options)
     options.add_argument("--drafter-layers", type=int, default=1, help="of --model")
     options.add_argument("--frames", type=int, default=12, help="of --model")
     options.add_argument("--depth", type=int, default=8, help="deepest node of a tree, of --model")
@@ -175,6 +181,8 @@ def check(given: argparse.Namespace) -> None:
         for name, sizes in (("--base", [base]), (flag, getattr(given, axis))):
             if min(sizes, default=1) < 1:
                 raise InputError(f"{name}: expected at least 1, found {min(sizes)}")
+    if given.peers and given.int8:
+        raise InputError("--int8: expected no --peers, whose weights are not rounded, found both")
     if given.layers and given.model is None:
         raise InputError("--layers: expected --model beside it, found none")
     check_json(given.json)

@@ -23,7 +23,15 @@ import jax
 import jinja2
 
 from ctc_spec_jax import demo, options
-from ctc_spec_jax.cli import DTYPES, exit_on_bad_input, use_compilation_cache, use_precision
+from ctc_spec_jax.cli import (
+    DTYPES,
+    add_precision,
+    exit_on_bad_input,
+    load_engine,
+    numbers,
+    use_compilation_cache,
+    use_precision,
+)
 from ctc_spec_jax.engine import Engine
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import convert
@@ -41,7 +49,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="file to write or to go on with, .jsonl")
     parser.add_argument("--drafter", help="folder of a drafter: faster, the same law of answers")
     parser.add_argument("--tree-nodes", type=int, default=demo.TREE_NODES)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    add_precision(parser)
     parser.add_argument("--rows", type=int, default=64, help="prompts decoded at a time")
     parser.add_argument("--shard", help="I/N: answer share I = 0..N-1 of the prompts")
     group = parser.add_argument_group("prompts of files")
@@ -115,7 +123,7 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "target": f"{arguments.target} (weights {fingerprint(arguments.target)})",
         "drafter": f"{drafter} (weights {fingerprint(drafter)})" if drafter else None,
         "tree_nodes": arguments.tree_nodes if drafter else None,
-        "dtype": arguments.dtype,
+        "dtype": numbers(arguments),
         "seed": arguments.seed,
         "shard": "/".join(map(str, arguments.shard)),
         **fields_of(arguments),
@@ -162,10 +170,10 @@ def find_prompts(arguments: argparse.Namespace, engine: Engine) -> tuple[list[Pr
 
 def load(arguments: argparse.Namespace) -> Engine:
     """Target, drafter and chat template."""
-    dtype = DTYPES[arguments.dtype]
-    engine = Engine.from_pretrained(
-        arguments.target, arguments.drafter, arguments.tree_nodes, dtype
-    )
+    engine = load_engine(arguments.target, arguments)
+    if arguments.drafter:
+        dtype = DTYPES[arguments.dtype]
+        engine = engine.with_drafter(arguments.drafter, arguments.tree_nodes, dtype)
     if arguments.template:
         use_template(engine, arguments.template)
     return engine

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from ctc_spec_jax import losses
-from ctc_spec_jax.chunked_head import chunked_labelled_log_probs, product
+from ctc_spec_jax.chunked_head import chunked_labelled_log_probs
 from ctc_spec_jax.draft.anchors import sample_anchors
 from ctc_spec_jax.draft.ctc import CTCConfig, CTCDrafter, CTCNetwork
 from ctc_spec_jax.draft.ctc_loss import CTCLoss
@@ -30,6 +30,7 @@ from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models import layers
 from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import output_head
+from ctc_spec_jax.models.int8 import columns
 from ctc_spec_jax.tree.ctc_labels import LabelTree
 from ctc_spec_jax.types import DraftContext, DraftTree, Params
 
@@ -103,7 +104,7 @@ class LabelDrafter(CTCDrafter):
 
         def bias(labels, candidates):
             shift = self._apply(params, "label_shift", layers.embed(embedding, labels[None]))[0]
-            return product("xd,cd->xc", shift, jnp.take(head, candidates, axis=1).T)
+            return layers.project(shift, columns(head, candidates), jnp.float32)
 
         log_probs = self._log_probs(params, state, context)
         trees = jax.vmap(lambda one, pending: self.tree(one, pending, bias))

@@ -15,6 +15,7 @@ import numpy as np
 
 from ctc_spec_jax.chunked_head import map_chunks
 from ctc_spec_jax.models.config import RopeScaling
+from ctc_spec_jax.models.int8 import Int8
 from ctc_spec_jax.sharding import HIDDEN, constrain
 
 TILE = 8
@@ -41,6 +42,11 @@ def embed(table, tokens):
 
 def project(x, kernel, dtype=None):
     """``x [..., D] @ kernel [D, ...]`` in ``dtype``, that of x if None; kernel axes are kept."""
+    if isinstance(kernel, Int8):
+        # Scaled after the sum, so that the product's operand is a mere widening of what is read.
+        out = project(x, kernel.values.astype(x.dtype), jnp.float32)
+        scale = kernel.scale.reshape((1,) * (x.ndim - 1) + kernel.scale.shape[1:])
+        return (out * scale).astype(x.dtype if dtype is None else dtype)
 
     def product(x, kernel):
         contract = (((x.ndim - 1,), (0,)), ((), ()))
