@@ -99,8 +99,8 @@ def compare(lm: DecoderLM, params: Params, rows: np.ndarray) -> list[Found]:
     found = []
     for name, narrow in tqdm(variants(params), total=2 * len(DTYPES), leave=False):
         parts = [np.asarray(sums(law(narrow, row), law(params, row), row)) for row in rows]
-        means = np.sum(parts, axis=0, dtype=np.float64) / (rows.size - len(rows))
-        said, kept, apart = (float(x) for x in means)
+        means = np.stack(parts).sum(axis=0) / (rows.size - len(rows))
+        said, kept, apart = means.tolist()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(narrow)) / 1e9
         found.append(Found(name, size, float(np.exp(-said)), kept, apart))
     return found
