@@ -227,3 +227,39 @@ def test_a_head_of_its_own():
     head = output_head(int8.rounded_params(params))
     assert head.values.shape == (lm.config.width, VOCAB)
     assert isinstance(output_head(params), jax.Array)
+
+
+@pytest.mark.parametrize(("platform", "held"), [("cuda", True), ("rocm", True), ("tpu", False)])
+def test_widening_stays_in_the_loop(platform, held):
+    """XLA moves what a loop does not change ahead of it, on GPUs whatever it weighs."""
+    kernel = int8.rounded(jnp.ones((8, 8), jnp.float32))
+
+    def steps_of(kernel, x, count):
+        return jax.lax.fori_loop(0, count, lambda _, x: layers.project(x, kernel), x)
+
+    traced = jax.jit(steps_of).trace(kernel, jnp.ones((2, 8)), jnp.int32(3))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    _, _, body = text.partition("while")
+    assert ("optimization_barrier" in body) == held and "xi8>" in body
+
+
+def test_a_barrier_keeps_the_widening_in_the_loop(monkeypatch):
+    """The means that GPUs are given, seen to work by XLA's compiler of CPUs."""
+    kernel = int8.rounded(jnp.ones((64, 64), jnp.float32))
+
+    def inside() -> bool:
+        def steps_of(kernel, x, count):
+            return jax.lax.fori_loop(0, count, lambda _, x: layers.project(x, kernel), x)
+
+        given = kernel, jnp.ones((2, 64)), jnp.int32(3)
+        text = jax.jit(steps_of).lower(*given).compile().as_text()
+        _, _, entry = text.partition("\nENTRY")
+        return "convert" not in entry
+
+    found = [inside()]
+
+    def as_on_gpus(*given, cuda, **_):
+        return cuda(*given)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_on_gpus)
+    assert [*found, inside()] == [False, True]

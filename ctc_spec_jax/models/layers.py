@@ -44,7 +44,7 @@ def project(x, kernel, dtype=None):
     """``x [..., D] @ kernel [D, ...]`` in ``dtype``, that of x if None; kernel axes are kept."""
     if isinstance(kernel, Int8):
         # Scaled after the sum, so that the product's operand is a mere widening of what is read.
-        out = project(x, kernel.values.astype(x.dtype), jnp.float32)
+        out = project(x, _stay(kernel.values, x).astype(x.dtype), jnp.float32)
         scale = kernel.scale.reshape((1,) * (x.ndim - 1) + kernel.scale.shape[1:])
         return (out * scale).astype(x.dtype if dtype is None else dtype)
 
@@ -56,6 +56,21 @@ def project(x, kernel, dtype=None):
         return product(x, kernel)
     out = _one_row(product, x.reshape(1, -1), kernel, 0)
     return out.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def _stay(values, x):
+    """Eight-bit ``values``, widened where ``x`` is known and not before.
+
+    On GPUs XLA would widen them once ahead of the loop of a decode, whose steps would then read the
+    wide ones.
+    """
+
+    def beside(values, x):
+        return jax.lax.optimization_barrier((values, x))[0]
+
+    return jax.lax.platform_dependent(
+        values, x, cuda=beside, rocm=beside, default=lambda values, x: values
+    )
 
 
 def _one_row(product, x, y, axis: int):
