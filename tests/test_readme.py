@@ -4,7 +4,7 @@ import json
 import pathlib
 
 from ctc_spec_jax import demo
-from infer import compile, profile, report
+from infer import compile, precision, profile, report
 from infer.generate import Result, table
 from train import compile as train_compile
 
@@ -26,6 +26,14 @@ def test_readme_shows_the_cost_of_rounds():
     assert all(cost.every_option <= 1.105 for cost in costs if cost.nodes >= 8)
     assert max(cost.every_option for cost in costs) <= 1.205
     assert measured["bookkeeping"]["share"] <= 0.15
+
+
+def test_readme_shows_what_narrower_numbers_do():
+    path = README.parent / "benchmarks" / "precision.json"
+    found = [precision.Found(**one) for one in json.loads(path.read_text())["results"]]
+    assert precision.table(found) in README.read_text()
+    moved = {one.numbers: one.divergence for one in found}
+    assert moved["float32, matrices in int8"] < 1.5 * moved["bfloat16"]
 
 
 def test_readme_shows_the_methods():
