@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 from ctc_spec_jax import demo
 from infer import compile, precision, profile, report
@@ -49,6 +50,25 @@ def test_readme_shows_the_picture_of_the_methods():
     path = README.parent / "benchmarks" / "methods.png"
     assert report.digest(document).encode() in path.read_bytes()
     assert "](benchmarks/methods.png)" in README.read_text()
+
+
+def test_configs_say_what_the_compiler_found():
+    """Each names a slice and the memory that a compiled step of these shapes needs there."""
+    results = json.loads((README.parent / "benchmarks" / "tpu_compile.json").read_text())["results"]
+    found = {
+        (
+            result["settings"]["topology"],
+            f"{result['programs']['step']['memory']['total'] / 2**30:.2f}",
+        )
+        for result in results
+        if "mesh" not in result["settings"]
+    }
+    lines = [
+        re.search(r"Expected memory.*: ([\d.]+) GiB .* on (\S+);", path.read_text())
+        for path in sorted((README.parent / "configs").glob("*.yaml"))
+    ]
+    said = {(line[2], line[1]) for line in lines if line}
+    assert len(said) >= 4 and said <= found
 
 
 def test_docs_show_the_compiled_decodes():
