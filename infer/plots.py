@@ -156,19 +156,23 @@ def by_batch(rows: Rows, name: str = "batch") -> str:
     ``name`` tells the ids of several such pictures of one page apart.
     """
     found: list[str] = []
-    sizes, methods = sorted({row["batch"] for row in rows}), _methods(rows)
     with _axes(found, name, xlabel="batch", ylabel="speedup") as axes:
-        _sizes(axes, sizes)
-        for index, method in enumerate(methods):
-            mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["batch"])
-            value, low, high = (
-                [r[key] for r in mine] for key in ("speedup", "speedup_low", "speedup_high")
-            )
-            aside = 1 + 0.02 * (index - (len(methods) - 1) / 2)  # intervals lie side by side
-            places, errors = [r["batch"] * aside for r in mine], _errors(value, low, high)
-            axes.errorbar(places, value, errors, label=method, capsize=2, **_style(index))
-        axes.axhline(1, color="black", lw=0.8)
+        _speedups(axes, rows, _methods(rows))
     return found[0]
+
+
+def _speedups(axes: Any, rows: Rows, methods: Sequence[str]) -> None:
+    """A line for every method, on a scale of the batch sizes."""
+    _sizes(axes, sorted({row["batch"] for row in rows}))
+    for index, method in enumerate(methods):
+        mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["batch"])
+        value, low, high = (
+            [r[key] for r in mine] for key in ("speedup", "speedup_low", "speedup_high")
+        )
+        aside = 1 + 0.02 * (index - (len(methods) - 1) / 2)  # intervals lie side by side
+        places, errors = [r["batch"] * aside for r in mine], _errors(value, low, high)
+        axes.errorbar(places, value, errors, label=method, capsize=2, **_style(index))
+    axes.axhline(1, color="black", lw=0.8)
 
 
 def round_cost(costs: Rows) -> str:
@@ -223,6 +227,24 @@ def roofline(points: Rows, rates: dict[str, float]) -> str:
     return found[0]
 
 
+def speedups(rows: Rows, path: str, description: str) -> None:
+    """Write a PNG file: speedups as in ``by_batch``, a panel per temperature; see ``accepted``."""
+    methods, temperatures = _methods(rows), sorted({row["temperature"] for row in rows})
+    figure = _new_figure(0.6 + 3.4 * len(temperatures))
+    panels = figure.subplots(len(temperatures), squeeze=False, sharex=True)[:, 0]
+    for axes, temperature in zip(panels, temperatures, strict=True):
+        _speedups(axes, [row for row in rows if row["temperature"] == temperature], methods)
+        axes.set_ylabel(f"speedup, {_drawing(temperature)}")
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("batch")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, format="png", dpi=150, metadata={"Description": description})
+
+
+def _drawing(temperature: float) -> str:
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
 def accepted(rows: Rows, path: str, description: str) -> None:
     """Write a PNG file: accepted length of every method with its interval, by temperature.
 
@@ -237,7 +259,7 @@ def accepted(rows: Rows, path: str, description: str) -> None:
         shift = (index - (len(temperatures) - 1) / 2) * 0.5 / len(temperatures)
         look = {"fmt": _MARKERS[index], "color": _style(index)["color"]}
         places = [methods.index(row["method"]) + shift for row in mine]
-        label = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+        label = _drawing(temperature)
         _points(axes, places, mine, "accepted_length", label=label, **look)
     axes.axvline(1, color="black", lw=0.8)
     axes.set_xlabel("accepted length: tokens per target pass, its own included")

@@ -1,7 +1,7 @@
 """The results of a benchmark as one page that needs no network, and the same as Markdown.
 
 python -m infer.report results.json --report results.html --round-cost round_cost.json
-python -m infer.report results.json --plot accepted.png
+python -m infer.report results.json --plot results.png
 """
 
 from __future__ import annotations
@@ -204,13 +204,12 @@ def digest(document: dict[str, Any]) -> str:
 
 
 def draw(document: dict[str, Any], path: str) -> None:
-    """Write a PNG file of the accepted lengths at the smallest batch size."""
+    """Write a PNG file of the speedups by batch size, or of the accepted lengths of one size."""
     rows = document["results"]
-    smallest = min((row["batch"] for row in rows), default=1)
     if not rows:
         raise InputError("results: expected at least one cell, found none")
-    mine = [row for row in rows if row["batch"] == smallest]
-    plots.accepted(mine, path, digest(document))
+    several = len({row["batch"] for row in rows}) > 1
+    (plots.speedups if several else plots.accepted)(rows, path, digest(document))
 
 
 _RESULTS = (
@@ -323,7 +322,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", help="JSON file of infer.benchmark")
     parser.add_argument("--report", metavar="FILE.html", help="page, with FILE.md beside it")
-    parser.add_argument("--plot", metavar="FILE.png", help="accepted lengths alone")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="speedups by batch size, or accepted lengths of one"
+    )
     parser.add_argument("--round-cost", metavar="FILE", help="figures of infer.profile")
     arguments = parser.parse_args()
     if not (arguments.report or arguments.plot):

@@ -204,6 +204,7 @@ def test_the_picture_of_the_readme(monkeypatch, tmp_path, capsys):
     image = pytest.importorskip("PIL.Image")
     out, results = tmp_path / "x.png", tmp_path / "x.json"
     document = full_document(6)
+    document["results"] = [row for row in document["results"] if row["batch"] == 1]
     results.write_text(json.dumps(document))
     plotted(monkeypatch, results, "--plot", out)
     with image.open(out) as picture:
@@ -227,3 +228,26 @@ def test_the_picture_of_the_readme(monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit):
             plotted(monkeypatch, results, *bad)
         assert sentence in capsys.readouterr().err
+
+
+def test_the_picture_of_batch_sizes(tmp_path):
+    """A panel per temperature, drawn of the speedups alone."""
+    image = pytest.importorskip("PIL.Image")
+
+    def pixels(document: dict):
+        report.draw(document, str(tmp_path / "x.png"))
+        with image.open(tmp_path / "x.png") as picture:
+            assert picture.info["Description"] == report.digest(document)
+            return picture.convert("RGB")
+
+    document = full_document(6)
+    for row in document["results"]:
+        del row["accepted_length"], row["accepted_length_low"], row["accepted_length_high"]
+    both = pixels(document)
+    document["results"] = [row for row in document["results"] if not row["temperature"]]
+    greedy = pixels(document)
+    assert both.width == greedy.width == 1200 and both.height > 1.5 * greedy.height
+    colours = {colour for _, colour in greedy.getcolors(1 << 24)}
+    assert {(27, 158, 119), (217, 95, 2), (0, 0, 0), (255, 255, 255)} <= colours
+    document["results"][-1]["speedup"] += 0.05
+    assert pixels(document).tobytes() != greedy.tobytes()
