@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ctc_spec_jax.errors import InputError
+from ctc_spec_jax.errors import InputError, of_computation
 
 
 class Checkpoints:
@@ -47,6 +48,7 @@ class Checkpoints:
             preservation_policy=policy,
             best_fn=lambda metrics: metrics[score],
             best_mode="max",
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -114,9 +116,9 @@ class Checkpoints:
         """Turn a failed write into one sentence that says what is still good."""
         try:
             yield
-        except jax.errors.JaxRuntimeError:
-            raise  # of the computation that made the arrays, not of the disk
         except Exception as error:  # the storage layers below raise types of their own
+            if of_computation(error):
+                raise
             latest = self.latest()
             good = "none is complete yet" if latest is None else f"step {latest} is complete"
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -137,6 +139,12 @@ def load_params(folder: str | pathlib.Path, like):
     """Parameters of ``save_params`` in the types and places of ``like`` (arrays or shapes)."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(_absolute(folder), like)
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Wait for the other processes, but not after a failure: they wait for this one's files."""
+    if sys.exc_info()[1] is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _absolute(folder):

@@ -5,6 +5,7 @@ import resource
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from ctc_spec_jax.checkpoint import Checkpoints
@@ -47,11 +48,22 @@ def test_runs_without_scores_have_no_best(tmp_path):
     checkpoints.close()
 
 
-def test_full_disk_leaves_the_last_checkpoint_good(tmp_path):
-    """Files may not grow beyond 64 KiB: the second checkpoint, of 512 KiB, cannot be written."""
+def test_full_disk_leaves_the_last_checkpoint_good(tmp_path, monkeypatch):
+    """Files may not grow beyond 64 KiB: the second checkpoint, of 512 KiB, cannot be written.
+
+    The process whose disk is full must not wait for others, which wait for its files.
+    """
+    waits = []
+
+    def barrier(*, key, timeout_ms):
+        waits.append(key)
+
+    monkeypatch.setattr(ocp.multihost, "get_barrier_sync_fn", lambda: barrier)
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, state_of(1), {}, {})
     checkpoints.wait()
+    begun = waits[: len(waits) // 2]
+    assert begun and waits == begun * 2
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
@@ -60,6 +72,7 @@ def test_full_disk_leaves_the_last_checkpoint_good(tmp_path):
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert waits == begun * 3
     message = str(error.value)
     assert message.startswith(f"{tmp_path}: expected room and rights to write ")
     assert message.endswith("step 1 is complete: make room and start the run again")
