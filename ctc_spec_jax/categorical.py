@@ -61,7 +61,9 @@ def _invert(weights, uniform):
     # Long cumulative sums add in another order for every entry: rounding lets them grow at a weight
     # of 0, and fall. So the ends of such entries do not count.
     ends = jnp.where(weights > 0, running_sum(weights), 0.0)
-    # Below the largest end whatever the rounding, because the uniform is at most 1 - 2^-24: so some
-    # entry ends past it.
-    place = uniform * jnp.max(ends, axis=-1)
-    return jnp.argmax(ends > place[..., None], axis=-1).astype(jnp.int32)
+    # Below the largest end, because the uniform is at most 1 - 2^-24: so some entry ends past it.
+    past = ends > (uniform * jnp.max(ends, axis=-1))[..., None]
+    index = jax.lax.broadcasted_iota(jnp.int32, ends.shape, ends.ndim - 1)
+    first = jnp.min(jnp.where(past, index, ends.shape[-1]), axis=-1)
+    # XLA may make the sums anew to compare them, rounded differently, so that none is past it.
+    return jnp.minimum(first, jnp.max(jnp.where(weights > 0, index, 0), axis=-1))

@@ -296,7 +296,10 @@ def block_row(uniform, tokens, valid, logits, draft_logits, greedy) -> Acceptanc
     greedy_length = jnp.minimum(jnp.sum(matches, dtype=jnp.int32), end)
     length = jnp.where(greedy, greedy_length, sampled_length)
     residual = jnp.maximum(jnp.stack(weights)[length] * target[length] - draft[length], 0.0)
-    left = jnp.where((length < end) & jnp.any(residual > 0), residual, target[length])
-    token = jnp.where(greedy, best[length], categorical.draw(left, uniform[0]))
+    rest, own = (categorical.draw(law, uniform[0]) for law in (residual, target[length]))
+    # Asked of the drawn token: asked of all, the answer may be that of a residual which was rounded
+    # differently from the one that is drawn from, where all that is left of p is rounding.
+    sampled = jnp.where((length < end) & (residual[rest] > 0), rest, own)
+    token = jnp.where(greedy, best[length], sampled)
     path = jnp.where(index <= length, index, 0)
     return Acceptance(path, length + 1, token)

@@ -126,12 +126,15 @@ def traffic(fault: str = "") -> None:
     jitted = jax.jit(decode.advance, static_argnums=0, donate_argnums=3)
     with jax.set_mesh(engine.mesh):
         compiled = jitted.lower(loop, *weights, state, request, jnp.int32(4)).compile()
-    turn, rest = hlo.summary(compiled.as_text(), aot.part_shapes(state))
+    text = compiled.as_text()
+    turn, rest = hlo.summary(text, aot.part_shapes(state))
+    verified = hlo.collectives(i for i in hlo.parse(text) if "/verify/" in i.line)
     found = [part.collectives.get("all-gather", hlo.Traffic(0, 0)) for part in (turn, rest)]
     report(
         fault=fault,
         copies=turn.copies,
         gathered=max(t.bytes for t in found),
+        winners=verified["all-gather"].bytes,
         reduced=turn.collectives["all-reduce"].count,
         cache=min(x.size * 4 for x in caches),
         aliased=compiled.memory_analysis().alias_size_in_bytes,

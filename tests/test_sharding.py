@@ -39,12 +39,14 @@ def test_a_round_moves_activations_only(lines):
     """Caches stay in place, and no sum over chips is there that the layers do not need.
 
     Embeddings of nodes and of the tokens after accepted ones, two per layer of drafter and target,
-    two per softmax and arg-max, the drafter's candidates, and the loop's condition: 13. The planted
-    fault, a cache that is written without telling the partitioner how, makes two more.
+    two per softmax, the drafter's candidates, and the loop's condition: 11. Of the arg-max each
+    chip's winner travels, an index and a number of 4 bytes for 4 rows of 4 nodes from 4 chips. The
+    planted fault, a cache that is written without telling the partitioner how, makes two more.
     """
     clean, fault = [line for line in lines if "fault" in line]
     assert not clean["copies"]
-    assert clean["reduced"] == 13 < fault["reduced"]
+    assert clean["reduced"] == 11 < fault["reduced"]
+    assert clean["winners"] == (4 + 4) * 4 * 4 * 4
     assert clean["gathered"] < clean["cache"] / 10
     assert clean["aliased"] > 0.9 * clean["state"]
 
