@@ -1,7 +1,8 @@
-"""Programs compiled for slices of TPU chips that need not be there.
+"""Programs compiled for slices of TPU chips, or for GPUs, that need not be there.
 
-The compiler of TPUs is package ``libtpu`` (extra ``tpu-aot``). It compiles the very program that
-chips would run, from shapes alone, and says what it needs.
+The compiler of TPUs is package ``libtpu`` (extra ``tpu-aot``), that of GPUs is in JAX's plugin for
+CUDA (extra ``gpu-aot``). They compile the very program that chips would run, from shapes alone,
+and say what it needs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from ctc_spec_jax import hlo, sharding
+from ctc_spec_jax import aot_gpu, hlo, sharding, thunks
 from ctc_spec_jax.errors import InputError
 
 HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
@@ -49,7 +50,10 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of chips: one chip's memory in bytes, bytes and cycles per second."""
+    """A slice of chips: one chip's memory in bytes, bytes and cycles per second.
+
+    ``clock`` is 0 for GPUs, whose compiler estimates no cycles.
+    """
 
     name: str
     devices: tuple[Any, ...]
@@ -57,16 +61,33 @@ class Topology:
     bandwidth: float
     clock: float
 
+    @property
+    def gpus(self) -> bool:
+        """Whether its chips are GPUs."""
+        return not self.clock
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Options of the compiler."""
+        return aot_gpu.options() if self.gpus else {}
+
 
 def topology(name: str) -> Topology:
-    """The slice of a name like ``v5e:4x4`` or ``v5p:2x2x2``.
+    """The slice of a name like ``v5e:4x4`` or ``v5p:2x2x2``, or GPUs: ``h100``, ``h100:8``.
 
     Raises:
-      InputError: no such slice, or package libtpu is missing.
+      InputError: no such slice, or the package of the compiler is missing.
     """
+    if aot_gpu.is_name(name):
+        devices, gpu = aot_gpu.devices(name)
+        return Topology(name, devices, gpu.memory, gpu.bandwidth, 0.0)
     match = re.fullmatch(r"(v4|v5e|v5p|v6e):\d+x\d+(x\d+)?", name)
     if not match:
-        raise InputError(f"topology: expected v4, v5e, v5p or v6e and a size, found {name!r}")
+        kinds = ", ".join(aot_gpu.GPUS)
+        raise InputError(
+            "topology: expected v4, v5e, v5p or v6e and a size such as v5e:2x2, or one to eight of "
+            f"{kinds} such as h100:8, found {name!r}"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("topology: expected package libtpu (extra tpu-aot), found none")
     for key, value in _ENVIRONMENT.items():
@@ -120,23 +141,27 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program: its memory, one turn of its main loop, and the rest of it."""
+    """A compiled program: its memory, one turn of its main loop, and the rest of it.
+
+    ``kernels`` are those of a turn on a GPU.
+    """
 
     memory: Memory
     loop: hlo.Part
     rest: hlo.Part
     compile_seconds: float
+    kernels: thunks.Kernels | None = None
 
 
 def compile_program(
-    lower: Callable[[], Any], what: str, chip: int, caches: Collection[hlo.Shape] = ()
+    lower: Callable[[], Any], what: str, slice_: Topology, caches: Collection[hlo.Shape] = ()
 ) -> Program:
     """Compile what ``lower()`` gives, a lowered program.
 
     Args:
       lower: called once, such as ``lambda: jax.jit(f).lower(*shapes)``.
       what: the program, for the message.
-      chip: bytes of a chip.
+      slice_: the chips that ``lower`` lowers it for.
       caches: shapes on one chip whose copies are counted.
 
     Raises:
@@ -144,14 +169,14 @@ def compile_program(
     """
     began = time.perf_counter()
     try:
-        compiled, text = _compile(lower())
+        compiled, text, kernels = _compile(lower(), slice_)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"required for ([\w ]+) \(([\d.]+)([GM])\) exceeds", str(error))
         used = used or re.search(r"(program): [Uu]sed ([\d.]+)([GM])\S* of \S+ hbm", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
         needed = float(used[2]) * (1 << (30 if used[3] == "G" else 20))
-        raise InputError(does_not_fit(f"{what}, {used[1]} alone", needed, chip)) from error
+        raise InputError(does_not_fit(f"{what}, {used[1]} alone", needed, slice_.memory)) from error
     loop, rest = hlo.summary(text, caches)
     found = compiled.memory_analysis()
     memory = Memory(
@@ -161,19 +186,29 @@ def compile_program(
         found.alias_size_in_bytes,
         found.generated_code_size_in_bytes,
     )
-    return Program(memory, loop, rest, round(time.perf_counter() - began, 1))
+    return Program(memory, loop, rest, round(time.perf_counter() - began, 1), kernels)
 
 
-def _compile(lowered):
-    """A compiled program and its text."""
+def _compile(lowered, slice_: Topology):
+    """A compiled program, its text and, for GPUs, its kernels."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **slice_.options}
         with _nothing_kept():
             compiled = lowered.compile(compiler_options=options)
+        if slice_.gpus:
+            return compiled, compiled.as_text(), thunks.summary(_thunks(folder))
         # jaxlib cannot read all programs of a libtpu that is newer than itself; the compiler's own
         # text of the finished program holds the same estimates.
         (path,) = pathlib.Path(folder).glob("*.after_codegen.txt")
-        return compiled, path.read_text()
+        return compiled, path.read_text(), None
+
+
+def _thunks(folder: str) -> str:
+    """The compiler's list of what it starts, last state; passes that change nothing write none."""
+    for ending in ("thunk_sequence_after_thunk_passes.txt", "thunk_sequence.txt"):
+        for path in pathlib.Path(folder).glob(f"*.{ending}"):
+            return path.read_text()
+    raise InputError(f"{aot_gpu.PACKAGE}: expected a version that lists its kernels, found none")
 
 
 @contextlib.contextmanager
@@ -200,12 +235,15 @@ def as_dict(program: Program) -> dict[str, Any]:
     """The figures as plain types."""
     found = dataclasses.asdict(program)
     found["memory"]["total"] = program.memory.total
+    if program.kernels is None:
+        del found["kernels"]
     return found
 
 
-def versions() -> dict[str, str]:
+def versions(slice_: Topology) -> dict[str, str]:
     """Versions of what decides how a program is compiled."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    names = ("jax", "jaxlib", aot_gpu.PACKAGE if slice_.gpus else "libtpu")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def columns(programs: dict[str, Program], chip: int, turn: str) -> str:
@@ -228,8 +266,30 @@ def columns(programs: dict[str, Program], chip: int, turn: str) -> str:
             shown = (f"{t.count} x, {t.bytes / mib:.2f}" for t in traffic)
             lines.append((f"  {kind}, MiB", *shown))
         lines.append(("  copies of caches", *(str(part.copies) for part in parts)))
+        if any(p.kernels for p in found):
+            lines += _kernel_lines([p.kernels for p in found]) if title == turn else []
+            continue
         lines.append(("  cycles", *(f"{part.cycles:,}" if part.cycles else "-" for part in parts)))
         if title == turn:
             first = parts[0].cycles or 1
             lines.append(("  in the first's", *(f"{part.cycles / first:.2f}" for part in parts)))
     return "\n".join(f"{name:<26}" + "".join(f"{x:>18}" for x in row) for name, *row in lines)
+
+
+def _kernel_lines(found: list[thunks.Kernels | None]) -> list[tuple[str, ...]]:
+    """Rows of ``columns``; a program without a loop has no turn to count."""
+
+    def row(title: str, name: str):
+        shown = (f"{getattr(k, name):,}" if k and k.total else "-" for k in found)
+        return (title, *shown)
+
+    names = ("products", "sorts", "copies", "collectives")
+    return [
+        row("  kernels", "total"),
+        *(row(f"    {name} of them", name) for name in names),
+        row("  started by the host", "starts"),
+        (
+            "  the loop is one graph",
+            *("-" if not (k and k.total) else "yes" if k.one_graph else "no" for k in found),
+        ),
+    ]

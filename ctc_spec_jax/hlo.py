@@ -187,14 +187,56 @@ def collectives(program: Iterable[Instruction]) -> dict[str, Traffic]:
 
 
 def copies(program: Iterable[Instruction], shapes: Collection[Shape]) -> int:
-    """Copies of arrays of the given shapes within a chip's main memory."""
-    count = 0
+    """Copies of arrays of the given shapes within a chip's main memory, also as transposes."""
+    program = list(program)
+    count = _transposes(program, shapes)
     for instruction in program:
         if instruction.opcode in ("copy", "copy-start") and instruction.results[0] in shapes:
             # Spaces 1 and 3 are fast memory: fetching into it and writing back is no copy.
             kind = _split_type(instruction.line.split(" = ", 1)[1])[0]
             count += not re.search(r"S\([13]\)", kind)
     return count
+
+
+def _transposes(program: list[Instruction], shapes: Collection[Shape]) -> int:
+    """Arrays of as many numbers as the given ones that are read and written in another order.
+
+    Axes that stay neighbours may have been merged, so sizes are compared. Of a fusion those count
+    that it reads and writes back as they are; one that also computes or pads makes something new.
+    """
+    sizes = {(dtype, math.prod(axes)) for dtype, axes in shapes}
+    fused = {name for i in program if i.opcode == "fusion" for name in i.calls}
+    by_name = {(i.computation, i.name): i for i in program}
+    written: set[tuple[str, str]] = set()
+    waiting = [i for i in program if i.computation in fused and i.line.lstrip()[:5] == "ROOT "]
+    while waiting:
+        found = waiting.pop()
+        written.add((found.computation, found.name))
+        if found.opcode in ("bitcast", "tuple"):
+            waiting += _operands(found, by_name)
+
+    def as_given(instruction: Instruction) -> bool:
+        while instruction.opcode in ("bitcast", "copy", "transpose"):
+            (instruction,) = _operands(instruction, by_name)
+        return instruction.opcode == "parameter"
+
+    moved = (
+        i
+        for i in program
+        if i.opcode == "transpose" and (i.results[0][0], math.prod(i.results[0][1])) in sizes
+    )
+    return sum(
+        i.computation not in fused or ((i.computation, i.name) in written and as_given(i))
+        for i in moved
+    )
+
+
+def _operands(
+    instruction: Instruction, by_name: dict[tuple[str, str], Instruction]
+) -> list[Instruction]:
+    given = instruction.line.split(f" {instruction.opcode}(", 1)[1].split("), ", 1)[0]
+    names = re.findall(r"%([\w.\-]+)", given)
+    return [by_name[instruction.computation, name] for name in names]
 
 
 def estimated_cycles(program: Iterable[Instruction]) -> int:

@@ -1,13 +1,17 @@
-"""Compile a sharded decode for a slice of TPU chips, without chips and without weights.
+"""Compile a sharded decode for a slice of TPU chips or for GPUs, without chips, without weights.
 
     python -m infer.compile --topology v5e:2x4 --model configs/models/llama2_7b.json \
         --mesh tensor=8 --batch 8 --prompt 512 --new-tokens 512 --tree-nodes 16
+    python -m infer.compile --topology h100 --model configs/models/llama2_7b.json \
+        --batch 1 --tree-nodes 16 64
 
-Needs package libtpu (extra tpu-aot). Compiled are plain rounds, rounds with a CTC drafter, whose
-weights do not matter, and the prefill. Printed per chip: memory; collectives, copies of caches and
-the compiler's estimate of cycles, of one round (a turn of the loop: draft, verify, accept) and of
-what runs outside the loop. The estimate adds up products, fusions and copies; time on the wires
-is not in it, and nothing is measured. The exit status is 2 where a program does not fit.
+Needs package libtpu (extra tpu-aot) or JAX's plugin for CUDA (extra gpu-aot). Compiled are plain
+rounds, rounds with a CTC drafter, whose weights do not matter, and the prefill. Printed per chip:
+memory; collectives and copies of caches of one round (a turn of the loop: draft, verify, accept)
+and of what runs outside the loop; of TPUs the compiler's estimate of cycles, of GPUs the kernels
+of a round and what the host starts of them, with CTC_SPEC_XLA=graphs in the environment as a
+decode with it would be compiled. The estimate adds up products, fusions and copies; time on the
+wires is not in it, and nothing is measured. The exit status is 2 where a program does not fit.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import argparse
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ctc_spec_jax import aot, decode, folders, sharding
+from ctc_spec_jax import aot, aot_gpu, decode, folders, sharding
 from ctc_spec_jax.cli import DTYPES, add_precision, exit_on_bad_input
 from ctc_spec_jax.decode import Loop, NoDraft
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
@@ -111,14 +116,14 @@ def compile_all(
         what = f"{title} of {given.batch} rows on {slice_.name}"
         lowered, caches = programs_of(lm, params, drafter_of(lm, count, *shape), sizes, dtype, mesh)
         with jax.set_mesh(mesh):
-            found[title] = aot.compile_program(lowered[kind], what, slice_.memory, caches)
+            found[title] = aot.compile_program(lowered[kind], what, slice_, caches)
         needed = found[title].memory.total
         if needed > slice_.memory:
             raise InputError(aot.does_not_fit(what, needed, slice_.memory))
 
 
-def bound_cycles(given: argparse.Namespace, slice_: aot.Topology) -> int:
-    """Cycles in which a chip reads its part of the target's weights and caches once.
+def bound_seconds(given: argparse.Namespace, slice_: aot.Topology) -> float:
+    """Seconds in which a chip reads its part of the target's weights and caches once.
 
     No plain step can take fewer.
     """
@@ -128,7 +133,7 @@ def bound_cycles(given: argparse.Namespace, slice_: aot.Topology) -> int:
     (placed, _), _, state = arguments_of(loop, params, (), given.batch, given.prompt, mesh)
     read = jax.tree.leaves((roofline.read_each_step(placed), state.cache))
     parts = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in read]
-    return round(sum(parts) / slice_.bandwidth * slice_.clock)
+    return sum(parts) / slice_.bandwidth
 
 
 def add_result(path: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
@@ -140,7 +145,7 @@ def add_result(path: str, settings: dict[str, Any], found: dict[str, Any]) -> No
             document["results"] = [r for r in document["results"] if r["settings"] != settings]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"--json: expected results of this program in {path}") from error
-    document["results"].append({"settings": settings, "versions": aot.versions(), **found})
+    document["results"].append({"settings": settings, **found})
     write_document(path, document)
 
 
@@ -155,22 +160,66 @@ def overview(results: list[dict[str, Any]]) -> str:
         settings, programs = result["settings"], result["programs"]
         if "mesh" not in settings:
             continue
-        model = pathlib.Path(settings["model"]).stem + " int8" * settings.get("int8", False)
-        place = model, settings["topology"], settings["mesh"], str(settings["batch"])
+        place = _place(settings)
         if result["problem"]:
             rows.append((*place, result["problem"].rpartition("found a need of ")[2] + " (no)"))
             continue
-        turns = [
-            programs["plain"],
-            *(programs[f"{n} nodes"] for n in settings["tree_nodes"] if n > 1),
-        ]
-        memory = " / ".join(f"{p['memory']['total'] / 2**30:.2f}" for p in turns)
-        cycles = [p["loop"]["cycles"] for p in turns]
-        shown = " / ".join(f"{c / 1e6:.2f}" for c in cycles)
-        copies = " / ".join(str(p["loop"]["copies"]) for p in turns)
+        turns = _turns(settings, programs)
+        cycles = _joined(turns, lambda p: f"{p['loop']['cycles'] / 1e6:.2f}")
         bound = f"{result['bound_cycles'] / 1e6:.2f}"
-        rows.append((*place, memory, bound, shown, copies))
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(titles))]
+        rows.append((*place, _joined(turns, _gib), bound, cycles, _joined(turns, _copies)))
+    return _aligned(rows)
+
+
+def gpu_overview(results: list[dict[str, Any]]) -> str:
+    """Decodes on GPUs of a results file as aligned text, a line each.
+
+    ``bound ms`` is the time of reading a GPU's weights and caches once, ``starts`` what the host
+    starts in a round; both counts of copies are of caches, in a round and outside the loop.
+    """
+    titles = ("model", "GPUs", "mesh", "rows", "XLA", "GiB a GPU", "bound ms", "kernels a round")
+    rows: list[tuple[str, ...]] = [(*titles, "starts", "copies", "outside")]
+    for result in results:
+        settings = result["settings"]
+        place = (*_place(settings), settings["xla"])
+        if result["problem"]:
+            rows.append((*place, result["problem"].rpartition("found a need of ")[2] + " (no)"))
+            continue
+        turns = _turns(settings, result["programs"])
+        kernels = _joined(turns, lambda p: str(p["kernels"]["total"]))
+        starts = _joined(turns, lambda p: str(p["kernels"]["starts"]))
+        outside = _joined(turns, lambda p: str(p["rest"]["copies"]))
+        found = _joined(turns, _gib), f"{result['bound_ms']:.2f}", kernels, starts
+        rows.append((*place, *found, _joined(turns, _copies), outside))
+    return _aligned(rows)
+
+
+def _place(settings: dict[str, Any]) -> tuple[str, str, str, str]:
+    model = pathlib.Path(settings["model"]).stem + " int8" * settings.get("int8", False)
+    return model, settings["topology"], settings["mesh"], str(settings["batch"])
+
+
+def _turns(settings: dict[str, Any], programs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Plain rounds and those of every size of tree."""
+    trees = (programs[f"{n} nodes"] for n in settings["tree_nodes"] if n > 1)
+    return [programs["plain"], *trees]
+
+
+def _gib(program: dict[str, Any]) -> str:
+    return f"{program['memory']['total'] / 2**30:.2f}"
+
+
+def _copies(program: dict[str, Any]) -> str:
+    return str(program["loop"]["copies"])
+
+
+def _joined(programs: list[dict[str, Any]], shown: Callable[[dict[str, Any]], str]) -> str:
+    return " / ".join(map(shown, programs))
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    count = len(rows[0])
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(count)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
         for row in rows
@@ -181,7 +230,7 @@ def overview(results: list[dict[str, Any]]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--topology", required=True, help="such as v5e:2x4 or v5p:2x2x2")
+    options.add_argument("--topology", required=True, help="such as v5e:2x4, v5p:2x2x2 or h100:8")
     options.add_argument(
         "--model", required=True, help="config.json of the target, without weights"
     )
@@ -213,20 +262,25 @@ def main() -> None:
     settings = {name: value for name, value in vars(given).items() if name != "json"}
     if not given.int8:  # as results were named before there was a choice
         del settings["int8"]
+    if slice_.gpus:
+        settings["xla"] = "graphs" if aot_gpu.graphs() else "default"
     found: dict[str, aot.Program] = {}
-    problem = None
+    problem, bound = None, bound_seconds(given, slice_)
     try:
         compile_all(given, slice_, found)
     except InputError as error:
         problem = error
     if found:
         print(f"one chip of {slice_.name}, mesh {given.mesh}, {pathlib.Path(given.model).stem}")
-        print(aot.columns(found, slice_.memory, "a round"), flush=True)
+        print(aot.columns(found, slice_.memory, "a round"))
+        print(f"reading weights and caches once takes {bound * 1e3:.2f} ms by the vendor's figure")
     if given.json:
         figures = {name: aot.as_dict(program) for name, program in found.items()}
+        unit = {"bound_ms": round(bound * 1e3, 3)}
         result = {
+            "versions": aot.versions(slice_),
             "chip_bytes": slice_.memory,
-            "bound_cycles": bound_cycles(given, slice_),
+            **(unit if slice_.gpus else {"bound_cycles": round(bound * slice_.clock)}),
             "programs": figures,
             "problem": str(problem or ""),
         }

@@ -1,4 +1,4 @@
-"""The compiler of TPUs on tiny models; runs where package libtpu is installed."""
+"""The compilers of TPUs and of GPUs on tiny models, each where it is installed."""
 
 import dataclasses
 import importlib.util
@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ctc_spec_jax import aot, folders, sharding
+from ctc_spec_jax import aot, aot_gpu, folders, sharding
 from ctc_spec_jax.errors import InputError
 from infer import compile as program
 from train import compile as training
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="package libtpu is not installed"
+)
+needs_gpu_compiler = pytest.mark.skipif(
+    not aot_gpu.installed(), reason=f"package {aot_gpu.PACKAGE} is not installed"
 )
 MODELS = {
     "llama2_7b": 6_738_415_616,
@@ -47,7 +50,7 @@ def test_shapes_of_published_models(name):
     assert first.config.num_layers == 2 and first.config.width == lm.config.width
 
 
-@pytest.mark.parametrize("name", ["v5e", "v7:2x2", "v5e:2", "h100:8x8"])
+@pytest.mark.parametrize("name", ["v5e", "v7:2x2", "v5e:2", "h100:8x8", "h100:9", "b200"])
 def test_bad_topologies(name):
     with pytest.raises(InputError, match=f"topology: expected v4, v5e, .* found '{name}'"):
         aot.topology(name)
@@ -168,3 +171,85 @@ def test_order_of_parameters_on_chips():
     place = sharding.home(chips, "layer_1_qkv", (64, 4, 3, 8))
     assert place.layout.major_to_minor == (1, 2, 0, 3)
     assert sharding.home(chips, "head", (64, 32)) == sharding.parameter(chips, "head", (64, 32))
+
+
+def test_without_the_compiler_of_gpus(model, monkeypatch, capsys):
+    """One sentence that names the extra, and status 2."""
+    monkeypatch.setattr(aot_gpu, "installed", lambda: False)
+    monkeypatch.setattr("sys.argv", arguments(model, "h100", "tensor=1"))
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 2
+    sentence = "error: topology: expected package jax-cuda13-pjrt (extra gpu-aot), found none"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == sentence
+
+
+@pytest.mark.parametrize("name", aot_gpu.GPUS)
+def test_what_the_compiler_is_told(name):
+    """Braces close, and the figures are those of the kind."""
+    text = aot_gpu.target_config(aot_gpu.GPUS[name])
+    assert text.count("{") == text.count("}")
+    assert f"memory_bandwidth: {aot_gpu.GPUS[name].bandwidth:.0f}\n" in text
+    assert aot_gpu.is_name(name) and aot_gpu.is_name(f"{name}:8") and not aot_gpu.is_name("v5e")
+
+
+@needs_gpu_compiler
+@pytest.mark.parametrize("name", aot_gpu.GPUS)
+@pytest.mark.parametrize("graphs", ["graphs", ""])
+def test_kernels_and_transposes(name, graphs, monkeypatch):
+    """A loop that turns an array over moves it twice, out and back; one that reads it does not.
+
+    The whole loop is one graph with the options that ask for it.
+    """
+    monkeypatch.setenv("CTC_SPEC_XLA", graphs)
+    slice_ = aot.topology(name)
+    mesh = sharding.mesh_of("tensor=1", slice_.devices)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shape = jax.ShapeDtypeStruct((1, 2, 256, 256), jnp.bfloat16, sharding=place)
+
+    def run(turned: bool):
+        def body(carry):
+            i, x, y = carry
+            x = jnp.swapaxes(x, 2, 3) if turned else x
+            return i + 1, x, jnp.sort(y @ x, axis=2)
+
+        def loop(x):
+            return jax.lax.while_loop(lambda c: c[0] < 5, body, (jnp.int32(0), x, x))[2]
+
+        return loop
+
+    for turned in (False, True):
+        with jax.set_mesh(mesh):
+            found = aot.compile_program(
+                lambda turned=turned: jax.jit(run(turned)).lower(shape),
+                "a loop",
+                slice_,
+                {("bf16", (1, 2, 256, 256))},
+            )
+        assert found.loop.copies == 2 * turned and found.kernels is not None
+        assert found.kernels.sorts >= 1 and found.kernels.products == 1
+        assert found.kernels.one_graph == bool(graphs)
+        assert (found.kernels.starts == 0) == bool(graphs)
+
+
+@needs_gpu_compiler
+def test_a_decode_for_gpus(model, tmp_path, monkeypatch, capsys):
+    """Two sums per layer on two GPUs; the bound is all but the embedding at the bandwidth."""
+    path = tmp_path / "found.json"
+    monkeypatch.setenv("CTC_SPEC_XLA", "")
+    monkeypatch.setattr("sys.argv", arguments(model, "h100:2", "tensor=2", json=path))
+    program.main()
+    out = capsys.readouterr().out
+    assert "started by the host" in out and "by the vendor's figure" in out
+    (result,) = json.loads(path.read_text())["results"]
+    assert result["settings"]["xla"] == "default" and "jax-cuda13-pjrt" in result["versions"]
+    plain = result["programs"]["plain"]
+    assert plain["loop"]["collectives"]["all-reduce"]["count"] >= 2 * 2
+    assert plain["loop"]["copies"] == 0 and plain["loop"]["cycles"] == 0
+    assert plain["kernels"]["collectives"] >= 2 * 2 and not plain["kernels"]["one_graph"]
+    read = folders.abstract_target(model, jnp.bfloat16)[1]
+    parts = sum(x.size for x in jax.tree.leaves(read)) - 1024 * 256
+    norms = 5 * 256 / 2  # not split
+    caches = 2 * 2 * 4 * 256 / 2 * (32 + 32 + 8) / 2  # 4 rows; half as many heads as queries
+    assert result["bound_ms"] == pytest.approx(2 * (parts / 2 + norms + caches) / 3.35e9, abs=6e-4)
+    assert program.gpu_overview([result]).splitlines()[1].split()[:2] == ["tiny", "h100:2"]

@@ -83,6 +83,51 @@ def test_a_written_program():
     assert hlo.summary(TEXT, {("f32", CACHE[1])})[0].copies == 0
 
 
+TRANSPOSES = """
+%moved (p: bf16[2,4,8,8]) -> (bf16[8,8,8], f32[4]) {
+  %p = bf16[2,4,8,8]{3,2,1,0} parameter(0)
+  %merged = bf16[8,8,8]{2,1,0} bitcast(%p)
+  %turned = bf16[8,8,8]{2,1,0} transpose(%merged), dimensions={0,2,1}
+  %same = bf16[8,8,8]{2,1,0} bitcast(%turned)
+  %other = f32[4]{0} constant({1, 2, 3, 4})
+  ROOT %both = (bf16[8,8,8]{2,1,0}, f32[4]{0}) tuple(%same, %other)
+}
+
+%padded (p.1: bf16[2,4,6,8]) -> bf16[2,4,8,8] {
+  %p.1 = bf16[2,4,6,8]{3,2,1,0} parameter(0)
+  %zero = bf16[] constant(0)
+  %rows = bf16[2,4,8,8]{3,2,1,0} pad(%p.1, %zero), padding=0_0x0_0x0_2x0_0
+  ROOT %written = bf16[2,4,8,8]{3,2,1,0} transpose(%rows), dimensions={0,1,3,2}
+}
+
+%product (p.2: bf16[2,4,8,8]) -> f32[8] {
+  %p.2 = bf16[2,4,8,8]{3,2,1,0} parameter(0)
+  %read = bf16[2,4,8,8]{3,2,1,0} transpose(%p.2), dimensions={0,1,3,2}
+  ROOT %sum = f32[8]{0} custom-call(%read)
+}
+
+ENTRY %main (a: bf16[2,4,8,8], b: bf16[2,4,6,8]) -> f32[8] {
+  %a = bf16[2,4,8,8]{3,2,1,0} parameter(0)
+  %b = bf16[2,4,6,8]{3,2,1,0} parameter(1)
+  %fusion.1 = (bf16[8,8,8]{2,1,0}, f32[4]{0}) fusion(%a), kind=kInput, calls=%moved
+  %fusion.2 = bf16[2,4,8,8]{3,2,1,0} fusion(%b), kind=kInput, calls=%padded
+  %alone = bf16[4,8,2,8]{3,2,1,0} transpose(%fusion.2), dimensions={1,2,0,3}
+  %small = bf16[8,2]{1,0} transpose(%c), dimensions={1,0}
+  ROOT %fusion.3 = f32[8]{0} fusion(%a), kind=kCustom, calls=%product
+}
+"""
+
+
+def test_transposes_of_caches():
+    """One in a fusion that does nothing else, one by itself.
+
+    None that writes padded rows, that a product reads, or of another size.
+    """
+    assert hlo.summary(TRANSPOSES, {CACHE})[1].copies == 2
+    assert hlo.summary(TRANSPOSES, {("bf16", (8, 2))})[1].copies == 1
+    assert hlo.summary(TRANSPOSES, {("f32", CACHE[1])})[1].copies == 0
+
+
 def test_bytes():
     assert hlo.shape_bytes(("bf16", (3, 5))) == 30
     assert hlo.shape_bytes(("f8e4m3fn", (4,))) == 4 == hlo.shape_bytes(("pred", (4,)))

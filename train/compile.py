@@ -83,9 +83,7 @@ def compile_step(config: TrainConfig, model: str, slice_: aot.Topology, layers: 
     lm, frozen = folders.abstract_target(model, DTYPES[config.dtype], layers)
     what = f"training step of {config.batch.rows} rows on {slice_.name}"
     with jax.set_mesh(mesh):
-        return aot.compile_program(
-            lambda: lower_step(config, lm, frozen, mesh), what, slice_.memory
-        ), what
+        return aot.compile_program(lambda: lower_step(config, lm, frozen, mesh), what, slice_), what
 
 
 def overview(results: list[dict[str, Any]]) -> str:
@@ -132,7 +130,12 @@ def main() -> None:
     except InputError as error:
         problem = error
     if given.json:
-        result = {"chip_bytes": slice_.memory, "programs": figures, "problem": str(problem or "")}
+        result = {
+            "versions": aot.versions(slice_),
+            "chip_bytes": slice_.memory,
+            "programs": figures,
+            "problem": str(problem or ""),
+        }
         add_result(given.json, settings, result)
     if problem:
         raise problem
