@@ -41,7 +41,8 @@ from infer.generate import Answerer, check_counts, check_json, write_document
 from infer.methods import LeftOut, Method
 from infer.profile import hardware
 from infer.prompts import report as report_lines
-from infer.questions import Turn, ask, heldout_questions, read_questions
+from infer.questions import Turn, ask, batches, heldout_questions, read_questions
+from infer.rounds import PROMPT
 
 _HELDOUT = 8
 """Held-out prompts where no file is given and no limit."""
@@ -89,12 +90,14 @@ def measure_method(
         return row
     same = (r for r in done if (r["method"], r["batch"]) == (method.name, batch))
     parts = next((r["time_split"] for r in same), None)
+    first = next(batches(bench.talks, batch))[0].turns
+    prompts = [turn.tokens[-PROMPT:] for turn in first]
     try:
-        parts = parts or split.time_split(engine, batch, {}, given.repeats)
+        parts = parts or split.time_split(engine, batch, {}, given.repeats, prompts)
     except InputError as error:
         print(f"note: {method.name} without a time split: {error}", file=sys.stderr)
         return row
-    works = split.works(engine, batch)
+    works = split.works(engine, batch, prompts)
     return row | {"time_split": parts, "drafter_cost": split.drafter_cost(parts), "work": works}
 
 

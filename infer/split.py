@@ -8,17 +8,19 @@ it for nothing: what is then missing is the drafter's. Medians of turns; see ``r
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ctc_spec_jax import decode, xla
 from ctc_spec_jax import logits as processing
-from ctc_spec_jax import xla
 from ctc_spec_jax.decode import Loop
-from ctc_spec_jax.engine import Engine
+from ctc_spec_jax.engine import Engine, Prompts
 from ctc_spec_jax.tree import topology
 from ctc_spec_jax.types import (
     NO_PARENT,
@@ -31,6 +33,9 @@ from ctc_spec_jax.types import (
 )
 from infer import roofline
 from infer.rounds import PROMPT, ROUNDS, in_turns, round_state, round_timer
+
+_MOMENTS = 4
+"""States of a decode from which proposals are timed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +82,34 @@ def _states_law(drafter: Drafter) -> bool:
 
 
 def _proposals(loop, params, draft_params, state: DecodeState, request: Request):
-    def step(index, zero):
-        tree = _propose(loop, params, draft_params, state, request, zero, index)
-        return _zero_of(tree.tokens, tree.parents, tree.valid)
+    def step(index, carry):
+        zero, held = carry
+        held = jax.tree.map(lambda x: _written(x, zero), held)
+        drafter, tokens = held
+        now = dataclasses.replace(state, drafter=drafter, tokens=tokens)
+        tree = _propose(loop, params, draft_params, now, request, zero, index)
+        return _zero_of(tree.tokens, tree.parents, tree.valid), held
 
-    return jax.lax.fori_loop(0, ROUNDS, step, jnp.int32(0))
+    start = jnp.int32(0), (state.drafter, state.tokens)
+    return jax.lax.fori_loop(0, ROUNDS, step, start)[0]
+
+
+def _written(x, zero):
+    """``x`` with 0 added to one number: what reads it cannot move out of a loop."""
+    if not jnp.issubdtype(x.dtype, jnp.number) or not x.size:
+        return x
+    start = (0,) * x.ndim
+    first = jax.lax.dynamic_slice(x, start, (1,) * x.ndim)
+    return jax.lax.dynamic_update_slice(x, first + zero.astype(x.dtype), start)
+
+
+def _moments(loop, params, draft_params, state: DecodeState, request: Request):
+    """States of a decode, the first of which is ``state``, a few rounds apart."""
+    found, advance = [state], xla.jitted(decode.advance)
+    for _ in range(_MOMENTS - 1):
+        rounds = np.int32(ROUNDS // _MOMENTS)
+        found.append(advance(loop, params, draft_params, found[-1], request, rounds))
+    return found
 
 
 def _shapes(loop, params, tree: DraftTree, state: DecodeState, request: Request):
@@ -138,14 +166,15 @@ def _chain(loop: Loop, state: DecodeState) -> DraftTree:
 
 
 def time_split(
-    engine: Engine, batch: int, fields: dict[str, Any], repeats: int
+    engine: Engine, batch: int, fields: dict[str, Any], repeats: int, prompts: Prompts | None = None
 ) -> dict[str, float]:
     """Seconds of the parts of a round.
 
-    ``draft``: the drafter's proposal, its tree included; ``tree``: ancestors, depths and mask;
-    ``verify``: target pass, law and rule; ``accept``: tokens, cache rows, stops; ``update``: the
-    drafter's own state; ``round``: all of it in one program, timed by itself; ``plain_step``: a
-    round without a draft. ``accept`` and ``update`` are differences, 0 where noise is larger.
+    ``draft``: the drafter's proposal, its tree included, the mean of some places of an answer;
+    ``tree``: ancestors, depths and mask; ``verify``: target pass, law and rule; ``accept``: tokens,
+    cache rows, stops; ``update``: the drafter's own state; ``round``: all of it in one program,
+    timed by itself; ``plain_step``: a round without a draft. ``accept`` and ``update`` are
+    differences, 0 where noise is larger.
 
     Where a drafter has a round of its own, which drafts while the target works, ``draft`` is what
     that round takes longer than one of a given chain as long as its drafts, and ``update`` is 0.
@@ -155,11 +184,13 @@ def time_split(
       batch: B.
       fields: of ``Options``.
       repeats: turns of every program.
+      prompts: B of them. What a drafter does may depend on how easy the text is to guess; after
+        made-up ones, those of None, many give up at once.
 
     Raises:
       InputError: the target has too few positions for the rounds that are timed.
     """
-    loop, params, state, request = round_state(engine, batch, fields)
+    loop, params, state, request = round_state(engine, batch, fields, prompts)
     drafter, inputs = engine.drafter, (loop, *params, state, request)
     own_round = hasattr(drafter, "run_round")
     tree = _chain(loop, state) if own_round else xla.jitted(_propose)(*inputs)
@@ -169,14 +200,16 @@ def time_split(
         draft_params=tree,
     )
     timers = {
-        "plain_step": round_timer(engine.plain(), batch, fields),
-        "round": round_timer(engine, batch, fields),
-        "given": round_timer(given, batch, fields),
+        "plain_step": round_timer(engine.plain(), batch, fields, prompts),
+        "round": round_timer(engine, batch, fields, prompts),
+        "given": round_timer(given, batch, fields, prompts),
         "tree": _timer(_shapes, loop, params[0], tree, state, request),
         "verify": _timer(_verifications, loop, params[0], tree, state, request),
     }
     if not own_round:
-        timers["draft"] = _timer(_proposals, *inputs)
+        places = _moments(*inputs)
+        turns = [_timer(_proposals, loop, *params, place, request) for place in places]
+        timers["draft"] = lambda: statistics.fmean(turn() for turn in turns)
     seconds = in_turns(timers, repeats)
     free, verify = seconds.pop("given"), seconds["verify"]
     more = max(0.0, seconds["round"] - free)
@@ -189,19 +222,25 @@ def time_split(
     }
 
 
-def works(engine: Engine, batch: int) -> dict[str, dict[str, float]]:
-    """Bytes and operations of the target passes in ``verify`` and ``plain_step``, by arithmetic."""
+def works(
+    engine: Engine, batch: int, prompts: Prompts | None = None
+) -> dict[str, dict[str, float]]:
+    """Bytes and operations of the target passes in ``verify`` and ``plain_step``, by arithmetic.
+
+    Arguments as in ``time_split``.
+    """
+    width = xla.bucket(PROMPT) if prompts is None else engine.encode(prompts)[0].shape[1]
     found = {
-        "plain_step": _target_work(engine.plain(), batch),
-        "verify": _target_work(engine, batch),
+        "plain_step": _target_work(engine.plain(), batch, width),
+        "verify": _target_work(engine, batch, width),
     }
     return {name: dataclasses.asdict(work) for name, work in found.items()}
 
 
-def _target_work(engine: Engine, batch: int) -> roofline.Work:
+def _target_work(engine: Engine, batch: int, width: int) -> roofline.Work:
     depth = engine.drafter.max_depth + 1
     nodes = depth if hasattr(engine.drafter, "run_round") else engine.drafter.num_nodes
-    slots = engine.loop(xla.bucket(ROUNDS * depth)).num_slots(xla.bucket(PROMPT))
+    slots = engine.loop(xla.bucket(ROUNDS * depth)).num_slots(width)
     return roofline.target_work(engine.lm.config, engine.params, batch, nodes, slots)
 
 

@@ -692,6 +692,52 @@ def test_time_split(engine):
     assert split.drafter_cost(found) == cost
 
 
+@dataclasses.dataclass(frozen=True)
+class Sometimes(Slow):
+    """``Slow`` after prompts that begin with ``first``, where a text is longer than ``after``.
+
+    With ``after`` 0 its work depends on what it holds and on the text alone.
+    """
+
+    first: int = 0
+    after: int = 0
+
+    def init(self, params, context, taps):
+        del taps
+        return jnp.zeros((context.length.shape[0], len(params)), jnp.float32)
+
+    def propose(self, params, state, context, keys):
+        del keys
+
+        def work(x):
+            for _ in range(self.products):
+                x = jnp.tanh(x @ params)
+            return x
+
+        busy = context.tokens[:, 0] == self.first
+        if self.after:
+            busy &= context.length > self.after
+        x = jax.lax.cond(jnp.any(busy), work, lambda x: x, state)
+        zero = (x[:, :1] > 2.0).astype(jnp.int32)
+        tokens = jnp.concatenate([context.pending[:, None], zero, zero], axis=1)
+        parents = jnp.arange(3, dtype=jnp.int32)[None] - 1 + zero
+        return split.DraftTree(tokens, parents, jnp.ones(tokens.shape, bool))
+
+
+@pytest.mark.parametrize("after", [0, 10])
+def test_time_split_of_a_drafter_that_gives_up(engine, after):
+    """Timed are the given prompts, some way into their answers, and all that follows a state."""
+    weights = jnp.zeros((1200, 1200), jnp.float32)
+    prompt = [7, 5, 3, 2]
+    costly = dataclasses.replace(
+        engine, drafter=Sometimes(8, first=7, after=after), draft_params=weights
+    )
+    draft = split.time_split(costly, 1, {}, 1, [prompt])["draft"]
+    timer = split._timer(_products, 8, weights)
+    alone = min(timer() for _ in range(8))
+    assert draft > 0.25 * alone
+
+
 def test_work_of_the_passes(engine):
     """Operations grow with rows and nodes; the bytes of the weights are read once."""
     slow = dataclasses.replace(engine, drafter=Slow(1), draft_params=())
