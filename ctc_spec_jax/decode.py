@@ -35,6 +35,7 @@ from ctc_spec_jax.types import (
     Target,
     Verifier,
 )
+from ctc_spec_jax.xla import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Loop:
     slots: int = 0
 
     def num_slots(self, prompt_width: int) -> int:
-        """Cache slots S: prompt, new tokens and one round's overhang of M+1 rows."""
-        return self.slots or prompt_width + self.capacity + self.drafter.max_depth + 1
+        """Cache slots S, at least: prompt, new tokens and one round's overhang of M+1 rows."""
+        return self.slots or aligned(prompt_width + self.capacity + self.drafter.max_depth + 1)
 
 
 Round = Callable[[Loop, Params, Params, DecodeState, Request], DecodeState]

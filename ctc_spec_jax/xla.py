@@ -24,7 +24,8 @@ _GPU = {
     # whole loop of a decode into one graph where everything in it can be recorded; elsewhere XLA
     # records what it can, as before, and leaves out what drivers before CUDA 12.3 and ROCm lack.
     # The list replaces XLA's own, so it repeats that.
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE",
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,"
+    "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
     # A loop counts as one instruction beside its neighbours, of which there may be none; with the
     # default of 5 it would stay with the host.
     "xla_gpu_graph_min_graph_size": "1",
@@ -50,6 +51,14 @@ def bucket(size: int) -> int:
     """
     step = max(32, 1 << max(0, size.bit_length() - 3))
     return -(-size // step) * step
+
+
+def aligned(slots: int) -> int:
+    """Slots of a cache that has at least ``slots``.
+
+    A multiple of 8, so that GPUs load several neighbouring numbers at a time.
+    """
+    return -(-slots // 8) * 8
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from ctc_spec_jax.draft.gsd import GSD
 from ctc_spec_jax.draft.ouroboros import Ouroboros
 from ctc_spec_jax.draft.pearl import AheadLM
 from ctc_spec_jax.draft.small_lm import Drawn, SmallLM
+from ctc_spec_jax.models import kv_cache
 from ctc_spec_jax.tree.ctc_prefix import PrefixTree
 from ctc_spec_jax.verify import Greedy
 from tests.helpers import OracleTree, make_request, ragged_prompts, tiny_target
@@ -148,3 +149,22 @@ def test_no_step_copies_a_cache(batch, method):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size
+
+
+@pytest.mark.parametrize(("platform", "ordered"), [("cuda", True), ("tpu", False), ("cpu", False)])
+def test_several_rows_on_gpus(platform, ordered):
+    """One write for all rows, and caches that stay in order; the same slots either way."""
+    draw = np.random.default_rng(5)
+    slots = jnp.asarray(draw.normal(size=(3, 2, 4, 12)), jnp.float32)
+    rows = jnp.asarray(draw.normal(size=(3, 2, 4, 2)), jnp.float32)
+    length = jnp.asarray([0, 7, 10], jnp.int32)
+    expected = np.asarray(slots).copy()
+    for b, first in enumerate(length):
+        expected[b, :, :, first : first + 2] = rows[b]
+    for write in (kv_cache._one_by_one, kv_cache._at_once, kv_cache._in_order):
+        found = jax.jit(write, static_argnums=0)(3, slots, rows, length)
+        assert np.array_equal(found, expected), write
+    path = jnp.zeros((3, 2), jnp.int32)
+    given = ((slots, jnp.swapaxes(slots, 2, 3)),), ((rows, jnp.swapaxes(rows, 2, 3)),), path, length
+    text = jax.jit(kv_cache.commit).trace(*given).lower(lowering_platforms=(platform,)).as_text()
+    assert ("LayoutConstraint" in text) == ordered == ("scatter" in text)

@@ -24,6 +24,7 @@ from ctc_spec_jax.models.config import RopeScaling
 from ctc_spec_jax.models.decoder import fresh_params, output_logits
 from ctc_spec_jax.sharding import HIDDEN, constrain, gather_width
 from ctc_spec_jax.types import Acceptance, DraftContext, DraftTree, Params, TargetOutput
+from ctc_spec_jax.xla import aligned
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -259,7 +260,7 @@ class FramesDrafter:
         )
         # A prompt of one token leaves nothing committed, so there is no newest feature yet.
         newest = jnp.where((context.length > 0)[:, None, None], newest, 0)
-        return {"kv": kv_cache.fill(kv, context.tokens.shape[1]), "newest": newest}
+        return {"kv": kv_cache.fill(kv, aligned(context.tokens.shape[1])), "newest": newest}
 
     def propose(self, params: Params, state, context: DraftContext, keys) -> DraftTree:
         """One pass of the network, then the tree of each row; deterministic."""

@@ -44,6 +44,7 @@ from ctc_spec_jax.types import (
     TargetOutput,
 )
 from ctc_spec_jax.verify import first_argmax
+from ctc_spec_jax.xla import aligned
 
 
 def proposal_law(logits, request: Request) -> Law:
@@ -209,7 +210,7 @@ class SmallLM(OfLanguageModel):
         hidden, _, kv = self.lm.hidden(params, tokens, context.length + 1)
         last = jnp.take_along_axis(hidden, context.length[:, None, None], axis=1)
         return {
-            "cache": kv_cache.fill(kv, context.tokens.shape[1]),
+            "cache": kv_cache.fill(kv, aligned(context.tokens.shape[1])),
             "logits": output_logits(params, last)[:, 0],
             "stop": self.stop.init(batch),
         }

@@ -8,8 +8,11 @@ Per-layer arrays, because slices of one stacked array would be copied on every s
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from ctc_spec_jax.sharding import CACHE, constrain, current_mesh, spec
@@ -79,14 +82,11 @@ def _commit(cache, kv, path, length):
     def write(slots, rows, axis):
         index = jnp.expand_dims(path, tuple({1, 2, 3} - {axis}))
         rows = jnp.take_along_axis(rows, index, axis=axis).astype(slots.dtype)
-        if slots.shape[0] > UNROLLED_ROWS:
-            return jax.vmap(lambda s, r, n: _write_row(s, r, n, axis - 1))(slots, rows, length)
-        # vmap of the update is a scatter, which XLA runs as a loop over its rows on CPU.
-        for b in range(slots.shape[0]):
-            start = [b, 0, 0, 0]
-            start[axis] = length[b]
-            slots = jax.lax.dynamic_update_slice(slots, rows[b : b + 1], start)
-        return slots
+        if len(slots) == 1:
+            return _one_by_one(axis, slots, rows, length)
+        few = functools.partial(_one_by_one if len(slots) <= UNROLLED_ROWS else _at_once, axis)
+        gpu = functools.partial(_in_order, axis)
+        return jax.lax.platform_dependent(slots, rows, length, cuda=gpu, rocm=gpu, default=few)
 
     return tuple(
         (write(k, new_k, _SLOTS[0]), write(v, new_v, _SLOTS[1]))
@@ -94,5 +94,29 @@ def _commit(cache, kv, path, length):
     )
 
 
-def _write_row(slots, rows, length, axis: int):
-    return jax.lax.dynamic_update_slice_in_dim(slots, rows, length, axis)
+def _one_by_one(axis: int, slots, rows, length):
+    for b in range(slots.shape[0]):
+        start = [b, 0, 0, 0]
+        start[axis] = length[b]
+        slots = jax.lax.dynamic_update_slice(slots, rows[b : b + 1], start)
+    return slots
+
+
+def _at_once(axis: int, slots, rows, length):
+    """A scatter, which XLA runs as a loop over its rows on CPU and as one kernel on GPUs."""
+
+    def one(slots, rows, length):
+        return jax.lax.dynamic_update_slice_in_dim(slots, rows, length, axis - 1)
+
+    return jax.vmap(one)(slots, rows, length)
+
+
+def _in_order(axis: int, slots, rows, length):
+    """As GPUs write best, the caches kept in the order of their dimensions.
+
+    For products of one row of several caches XLA would turn them over ahead of a loop and back
+    after it, which takes as much memory again.
+    """
+    order = Layout(major_to_minor=tuple(range(slots.ndim)))
+    slots = with_layout_constraint(slots, order)
+    return with_layout_constraint(_at_once(axis, slots, rows, length), order)
