@@ -143,8 +143,12 @@ def walk_down(uniform, tree: DraftTree, laws: Laws, max_depth: int) -> Acceptanc
 
     zeros = jnp.zeros((batch,), jnp.int32)
     path = jnp.zeros((batch, max_depth + 1), jnp.int32)
-    start = (jnp.int32(0), zeros, path, zeros, jnp.ones((batch,), bool))
-    _, _, path, token, _ = jax.lax.while_loop(lambda place: jnp.any(place[4]), step, start)
+    place = (jnp.int32(0), zeros, path, zeros, jnp.ones((batch,), bool))
+    if max_depth:
+        place = jax.lax.while_loop(lambda place: jnp.any(place[4]), step, place)
+    else:  # one turn: a loop would let the host of a GPU wait for its condition
+        place = step(place)
+    _, _, path, token, _ = place
     length = 1 + jnp.sum(path != ROOT, axis=1, dtype=jnp.int32)
     return Acceptance(path, length, token)
 
