@@ -16,7 +16,7 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -65,11 +65,6 @@ class Topology:
     def gpus(self) -> bool:
         """Whether its chips are GPUs."""
         return not self.clock
-
-    @property
-    def options(self) -> dict[str, str]:
-        """Options of the compiler."""
-        return aot_gpu.options() if self.gpus else {}
 
 
 def topology(name: str) -> Topology:
@@ -154,7 +149,11 @@ class Program:
 
 
 def compile_program(
-    lower: Callable[[], Any], what: str, slice_: Topology, caches: Collection[hlo.Shape] = ()
+    lower: Callable[[], Any],
+    what: str,
+    slice_: Topology,
+    caches: Collection[hlo.Shape] = (),
+    options: Mapping[str, str] | None = None,
 ) -> Program:
     """Compile what ``lower()`` gives, a lowered program.
 
@@ -163,13 +162,14 @@ def compile_program(
       what: the program, for the message.
       slice_: the chips that ``lower`` lowers it for.
       caches: shapes on one chip whose copies are counted.
+      options: of the compiler, beside those that every program needs.
 
     Raises:
       InputError: the compiler finds no way to fit it into a chip.
     """
     began = time.perf_counter()
     try:
-        compiled, text, kernels = _compile(lower(), slice_)
+        compiled, text, kernels = _compile(lower(), slice_, options or {})
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"required for ([\w ]+) \(([\d.]+)([GM])\) exceeds", str(error))
         used = used or re.search(r"(program): [Uu]sed ([\d.]+)([GM])\S* of \S+ hbm", str(error))
@@ -189,12 +189,13 @@ def compile_program(
     return Program(memory, loop, rest, round(time.perf_counter() - began, 1), kernels)
 
 
-def _compile(lowered, slice_: Topology):
+def _compile(lowered, slice_: Topology, options: Mapping[str, str]):
     """A compiled program, its text and, for GPUs, its kernels."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **slice_.options}
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        needed = aot_gpu.OPTIONS if slice_.gpus else {}
         with _nothing_kept():
-            compiled = lowered.compile(compiler_options=options)
+            compiled = lowered.compile(compiler_options={**dump, **needed, **options})
         if slice_.gpus:
             return compiled, compiled.as_text(), thunks.summary(_thunks(folder))
         # jaxlib cannot read all programs of a libtpu that is newer than itself; the compiler's own
@@ -257,6 +258,8 @@ def columns(programs: dict[str, Program], chip: int, turn: str) -> str:
     mib, found = 2**20, list(programs.values())
     lines = [("", *programs)]
     for name in ("arguments", "temporaries", "output", "alias", "code", "total"):
+        if name == "code" and not any(p.memory.code for p in found):
+            continue
         lines.append((f"{name}, MiB", *(f"{getattr(p.memory, name) / mib:,.1f}" for p in found)))
     lines.append(("of a chip's memory", *(f"{p.memory.total / chip:.1%}" for p in found)))
     for title, parts in ((turn, [p.loop for p in found]), ("outside", [p.rest for p in found])):

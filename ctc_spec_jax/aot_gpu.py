@@ -82,6 +82,12 @@ GPUS = {
 }
 """Those that can be named."""
 
+OPTIONS = {
+    # Without a device no product can be tried for its time; XLA's own rules choose their tiles.
+    "xla_gpu_autotune_level": "0",
+}
+"""Options of the compiler for every program."""
+
 _CUDA = "13.0.0"
 
 _ENVIRONMENT = {
@@ -128,17 +134,13 @@ def installed() -> bool:
 
 
 def graphs() -> bool:
-    """Whether programs are compiled with the options that put a whole loop into one CUDA graph."""
+    """Whether decodes are compiled with the options that put a whole loop into one CUDA graph."""
     return os.environ.get("CTC_SPEC_XLA") == "graphs"
 
 
-def options() -> dict[str, str]:
-    """Options of the compiler: those of a decode on a GPU, and no products tried for their time.
-
-    Without a device nothing can be timed, so XLA's own rules choose the tiles of products.
-    """
-    chosen = xla._GPU if graphs() else {}
-    return {"xla_gpu_autotune_level": "0", **chosen}
+def decode_options() -> dict[str, str]:
+    """Options of the compiler for a decode on a GPU of this environment."""
+    return xla._GPU if graphs() else {}
 
 
 def target_config(gpu: Gpu) -> str:

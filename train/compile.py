@@ -1,9 +1,10 @@
-"""Compile the training step of a drafter for a slice of TPU chips, without chips, weights or data.
+"""Compile the training step of a drafter for TPU chips or GPUs, without them, weights or data.
 
     python -m train.compile --topology v5e:4x4 --config configs/llama2_7b_chat.yaml \
         --model configs/models/llama2_7b.json [section.field=value ...]
 
-Needs package libtpu (extra tpu-aot). ``--model`` is the config.json that stands for the config's
+Needs package libtpu (extra tpu-aot) or JAX's plugin for CUDA (extra gpu-aot; ``--topology
+h100:8``, kernels in the place of cycles). ``--model`` is the config.json that stands for the config's
 target; without it, the target's own folder or hub model is asked for its config.json. Printed per
 chip: memory; collectives and the compiler's estimate of cycles, of one micro-batch (a turn of the
 loop) and of what runs outside the loop; where a step has one micro-batch there is no loop. The
@@ -108,7 +109,7 @@ def overview(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Entry point of ``python -m train.compile``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--topology", required=True, help="such as v5e:4x4 or v5p:2x2x2")
+    parser.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:2x2x2 or h100:8")
     parser.add_argument("--config", required=True, help="experiment file of configs/")
     parser.add_argument("--model", help="config.json of the target, without weights")
     parser.add_argument("--layers", type=int, default=0, help="the target's first layers alone")
