@@ -2,8 +2,9 @@
 # Figures of the demo pair on this machine, and the pictures of them:
 #     benchmarks/cpu.sh [methods | padded]
 # methods: costs of rounds, and every method, where the target lies in the processor's cache.
-# padded: speedups by batch size of the same target and drafters where every step reads 600 MB of
-# weights from memory; see benchmarks/padded.py. Without a word both.
+# padded: speedups by batch size of the same target where every step reads 600 MB of weights from
+# memory, see benchmarks/padded.py, with its own drafter, the best of the others and none. Without a
+# word both.
 # Options go to infer.benchmark: a run that was cut goes on with --resume.
 # README shows what the programs print; tests compare the two.
 set -euo pipefail
@@ -22,9 +23,9 @@ fi
 if [[ $parts == *padded* ]]; then
     rm -rf runs/padded
     "$python" benchmarks/padded.py runs/padded
-    "$python" -m infer.benchmark --target runs/padded --drafters ctc_spec_jax/demo/drafters/* \
-        --methods ctc,ctc_labels,eagle,hydra,medusa,glide,prompt_lookup --temperature 0 \
-        --batch 1 4 16 --tree-nodes 8 --limit 8 --max-new-tokens 48 --repeats 2 --no-split \
-        --json benchmarks/batch.json "$@"
+    "$python" -m infer.benchmark --target runs/padded \
+        --drafters ctc_spec_jax/demo/drafter ctc_spec_jax/demo/drafters/eagle \
+        --methods ctc,eagle,prompt_lookup --temperature 0 --batch 1 2 4 16 --tree-nodes 4 \
+        --limit 16 --max-new-tokens 48 --repeats 2 --no-split --json benchmarks/batch.json "$@"
     "$python" -m infer.report benchmarks/batch.json --plot benchmarks/batch.png
 fi
