@@ -4,8 +4,8 @@
         --model configs/models/llama2_7b.json [section.field=value ...]
 
 Needs package libtpu (extra tpu-aot) or JAX's plugin for CUDA (extra gpu-aot; ``--topology
-h100:8``, kernels in the place of cycles). ``--model`` is the config.json that stands for the config's
-target; without it, the target's own folder or hub model is asked for its config.json. Printed per
+h100:8``, kernels in the place of cycles). ``--model`` is the config.json that stands for the
+config's target; without it, the target's own folder or hub model is asked for its own. Printed per
 chip: memory; collectives and the compiler's estimate of cycles, of one micro-batch (a turn of the
 loop) and of what runs outside the loop; where a step has one micro-batch there is no loop. The
 estimate leaves out time on the wires, and nothing is measured. The exit status is 2 where the step
