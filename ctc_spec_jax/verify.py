@@ -161,7 +161,8 @@ def first_argmax(logits):
     """
     # A reduction of pairs; of parts on several chips, only the winners travel.
     pairs = functools.partial(jax.lax.argmax, axis=logits.ndim - 1, index_dtype=jnp.int32)
-    if sharding.parts("vocab", logits.shape[-1]) > 1:
+    size = logits.shape[-1]
+    if size <= _BLOCK or sharding.parts("vocab", size) > 1:
         return pairs(logits)
     return jax.lax.platform_dependent(logits, cpu=_argmax_of_blocks, default=pairs)
 

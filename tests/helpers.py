@@ -35,11 +35,13 @@ def tiny_target(seed: int = 1, **changes) -> tuple[DecoderLM, Any]:
     lm = DecoderLM(config)
     params = lm.init(jax.random.key(seed))
 
-    # Seed and scales were chosen so that the greedy text of every row keeps changing.
+    # Seed and scales were chosen so that the greedy text of every row keeps changing. In NumPy:
+    # JAX would compile a program for every shape.
     def enlarge(path, x):
         if x.ndim < 2:
             return x
-        return x * (50.0 if "embedding" in str(path) or "head" in str(path) else 16.0)
+        scale = 50.0 if "embedding" in str(path) or "head" in str(path) else 16.0
+        return jnp.asarray(np.asarray(x) * x.dtype.type(scale))
 
     return lm, jax.tree_util.tree_map_with_path(enlarge, params)
 
@@ -189,3 +191,11 @@ class OracleAhead:
         index = last[:, None] + 1 + jnp.arange(self.max_depth, dtype=jnp.int32)[None]
         tokens = jnp.take_along_axis(params, jnp.minimum(index, params.shape[1] - 1), axis=1)
         return overlap.Chain(tokens, jnp.full_like(last, self.max_depth), None), cache
+
+
+def write_model(folder: pathlib.Path, kv_heads: int, **sizes: int) -> str:
+    """Path of a config.json of two layers with two query heads to a kv head; ``sizes`` by name."""
+    heads = {"num_attention_heads": 2 * kv_heads, "num_key_value_heads": kv_heads}
+    path = folder / "tiny.json"
+    path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2, **heads, **sizes}))
+    return str(path)

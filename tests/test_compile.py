@@ -11,6 +11,7 @@ import pytest
 from ctc_spec_jax import aot, aot_gpu, folders, sharding
 from ctc_spec_jax.errors import InputError
 from infer import compile as program
+from tests.helpers import write_model
 from train import compile as training
 
 needs_libtpu = pytest.mark.skipif(
@@ -33,11 +34,7 @@ MODELS = {
 @pytest.fixture
 def model(tmp_path):
     """Two layers with as many kv heads as chips."""
-    shape = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps({"model_type": "llama", **shape, **heads}))
-    return str(path)
+    return write_model(tmp_path, 4, hidden_size=256, intermediate_size=512, vocab_size=1024)
 
 
 @pytest.mark.parametrize("name", MODELS)

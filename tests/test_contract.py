@@ -35,12 +35,21 @@ LENGTHS = (1, 4, 9)
 SHAPE = Shape(layers=1, frames=4)
 
 
+def with_noise(params, key):
+    """Parameters and standard normal numbers, on the host: no program for every shape."""
+    leaves, tree = jax.tree.flatten(params)
+
+    @jax.jit
+    def draw(key):
+        keys = jax.random.split(key, len(leaves))
+        return [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+
+    return jax.device_get((params, jax.tree.unflatten(tree, draw(key))))
+
+
 def nearly_target(drafter, key):
     """The target's own parameters and noise, so that drafts are often right but not always."""
-    leaves, tree = jax.tree.flatten(target()[1])
-    keys = jax.random.split(key, len(leaves))
-    noise = [1 + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, [x * n for x, n in zip(leaves, noise, strict=True)])
+    return jax.tree.map(lambda x, n: jnp.asarray(x * (1 + 0.2 * n)), *with_noise(target()[1], key))
 
 
 def fresh(drafter, key):
@@ -49,11 +58,11 @@ def fresh(drafter, key):
     Matrices that start at 0 would make all heads equal, and which of equally good paths stay in a
     tree would be a matter of rounding.
     """
-    leaves, tree = jax.tree.flatten(drafter.init_params(key))
-    keys = jax.random.split(key, len(leaves))
-    noise = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    moved = [8 * (x + n) if x.ndim > 1 else x for x, n in zip(leaves, noise, strict=True)]
-    return jax.tree.unflatten(tree, moved)
+
+    def moved(x, noise):
+        return jnp.asarray(8 * (x + 0.02 * noise) if x.ndim > 1 else x)
+
+    return jax.tree.map(moved, *with_noise(drafter.init_params(key), key))
 
 
 TINY = dict.fromkeys(recipes.of_language_models(), nearly_target)

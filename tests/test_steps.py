@@ -15,6 +15,7 @@ from ctc_spec_jax.models.config import DecoderConfig
 from ctc_spec_jax.models.decoder import DecoderLM
 from infer import growth, made_up, peer_steps, roofline, rounds, steps
 from infer.growth import Case
+from tests.helpers import write_model
 
 TINY = DecoderConfig(
     vocab_size=11, width=4, num_layers=2, num_heads=2, num_kv_heads=1, head_width=2, mlp_width=3
@@ -26,12 +27,8 @@ RATES = roofline.Rates(1e9, 1e10)
 
 @pytest.fixture
 def model(tmp_path):
-    """One layer of 2 kv heads, as a config.json."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps({"model_type": "llama", **sizes, **heads}))
-    return str(path)
+    """Two layers of 2 kv heads, as a config.json."""
+    return write_model(tmp_path, 2, hidden_size=32, intermediate_size=48, vocab_size=64)
 
 
 @pytest.fixture
