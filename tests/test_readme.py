@@ -82,3 +82,14 @@ def test_docs_show_the_compiled_decodes():
         if name.startswith(("plain", "16"))
     ]
     assert turns and all(turn["copies"] == 0 for turn in turns)
+
+
+def test_docs_show_the_decodes_compiled_for_gpus():
+    """Every loop fits into one CUDA graph, and no cache is copied in it."""
+    results = json.loads((README.parent / "benchmarks" / "gpu_compile.json").read_text())["results"]
+    assert compile.gpu_overview(results) in (README.parent / "docs" / "gpu.md").read_text()
+    for result in results:
+        graphs = result["settings"]["xla"] == "graphs"
+        turns = [found for name, found in result["programs"].items() if name != "prefill"]
+        assert len(turns) == 3 and all(turn["loop"]["copies"] == 0 for turn in turns)
+        assert all(turn["kernels"]["one_graph"] == graphs for turn in turns)
