@@ -15,7 +15,6 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from ctc_spec_jax import xla
 from ctc_spec_jax.errors import InputError
 
 PACKAGE = "jax-cuda13-pjrt"
@@ -131,16 +130,6 @@ def installed() -> bool:
         return bool(importlib.metadata.version(PACKAGE))
     except importlib.metadata.PackageNotFoundError:
         return False
-
-
-def graphs() -> bool:
-    """Whether decodes are compiled with the options that put a whole loop into one CUDA graph."""
-    return os.environ.get("CTC_SPEC_XLA") == "graphs"
-
-
-def decode_options() -> dict[str, str]:
-    """Options of the compiler for a decode on a GPU of this environment."""
-    return xla._GPU if graphs() else {}
 
 
 def target_config(gpu: Gpu) -> str:

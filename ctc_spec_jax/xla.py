@@ -61,15 +61,27 @@ def aligned(slots: int) -> int:
     return -(-slots // 8) * 8
 
 
+def graphs() -> bool:
+    """Whether decodes on GPUs are compiled so that a whole loop is one CUDA graph.
+
+    With ``CTC_SPEC_XLA=graphs`` in the environment alone: no run on a GPU has shown yet that it
+    helps.
+    """
+    return os.environ.get("CTC_SPEC_XLA") == "graphs"
+
+
+def gpu_options() -> dict[str, str]:
+    """Options of the compiler for a decode on a GPU in this environment."""
+    return _GPU if graphs() else {}
+
+
 @functools.cache
 def decode_options() -> dict[str, str] | None:
     """Value for ``compiler_options`` of ``jax.jit``, or None where XLA's defaults are best.
 
-    An option that this version of XLA does not know is left out. Those of GPUs are taken with
-    ``CTC_SPEC_XLA=graphs`` in the environment alone: no run on a GPU has shown yet that they help.
+    An option that this version of XLA does not know is left out.
     """
-    graphs = os.environ.get("CTC_SPEC_XLA") == "graphs"
-    wanted = {"cpu": _CPU, "gpu": _GPU if graphs else {}}.get(jax.default_backend(), {})
+    wanted = {"cpu": _CPU, "gpu": gpu_options()}.get(jax.default_backend(), {})
     known = {name: value for name, value in wanted.items() if _accepts(name, value)}
     return known or None
 

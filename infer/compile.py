@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ctc_spec_jax import aot, aot_gpu, decode, folders, sharding
+from ctc_spec_jax import aot, decode, folders, sharding, xla
 from ctc_spec_jax.cli import DTYPES, add_precision, exit_on_bad_input
 from ctc_spec_jax.decode import Loop, NoDraft
 from ctc_spec_jax.draft.ctc import CTCDrafter, ctc_config
@@ -110,7 +110,7 @@ def compile_all(
     sizes = (given.batch, given.prompt, given.new_tokens)
     shape = (given.drafter_layers, given.frames, given.depth)
     nodes = sorted({1, *given.tree_nodes})
-    options = aot_gpu.decode_options() if slice_.gpus else {}
+    options = xla.gpu_options() if slice_.gpus else {}
     work = [(n, "rounds") for n in nodes] + [(nodes[-1], "prefill")]
     for count, kind in tqdm(work, unit=" programs"):
         title = "prefill" if kind == "prefill" else "plain" if count == 1 else f"{count} nodes"
@@ -264,7 +264,7 @@ def main() -> None:
     if not given.int8:  # as results were named before there was a choice
         del settings["int8"]
     if slice_.gpus:
-        settings["xla"] = "graphs" if aot_gpu.graphs() else "default"
+        settings["xla"] = "graphs" if xla.graphs() else "default"
     found: dict[str, aot.Program] = {}
     problem, bound = None, bound_seconds(given, slice_)
     try:

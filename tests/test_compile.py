@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ctc_spec_jax import aot, aot_gpu, folders, sharding
+from ctc_spec_jax import aot, aot_gpu, folders, sharding, xla
 from ctc_spec_jax.errors import InputError
 from infer import compile as program
 from tests.helpers import write_model
@@ -228,7 +228,7 @@ def test_kernels_and_transposes(name, graphs, monkeypatch):
                 "a loop",
                 slice_,
                 {("bf16", (1, 2, 256, 256))},
-                aot_gpu.decode_options(),
+                xla.gpu_options(),
             )
         assert found.loop.copies == 2 * turned and found.kernels is not None
         assert found.kernels.sorts >= 1 and found.kernels.products == 1
