@@ -105,7 +105,7 @@ def test_several_trees_beside_the_bound(model, tmp_path, monkeypatch):
     read = folders.abstract_target(model, jnp.bfloat16)[1]
     parts = sum(x.size for x in jax.tree.leaves(read)) - 1024 * 256
     norms = 5 * 256 * 3 / 4  # not split
-    caches = 2 * 2 * 4 * 256 / 2 * (32 + 32 + 1) / 4  # 4 rows; half as many heads as queries
+    caches = 2 * 2 * 4 * 256 / 2 * (32 + 32 + 8) / 4  # 4 rows; half as many heads as queries
     cycles = 2 * (parts / 4 + norms + caches) / 1.64e12 * 1.75e9
     assert result["bound_cycles"] == pytest.approx(cycles, rel=1e-3)
     line = program.overview([result]).splitlines()[1]
