@@ -73,9 +73,10 @@ def arguments(model: str, topology: str, mesh: str, **changes) -> list[str]:
     ("topology", "mesh", "parts"), [("v5e:2x2", "tensor=4", 4), ("v5p:2x2x1", "data=2,tensor=2", 2)]
 )
 def test_a_decode_for_chips(model, topology, mesh, parts, tmp_path, monkeypatch, capsys):
-    """Two sums per layer, one of embeddings and two of the arg-max; no cache is copied or moved.
+    """Two sums per layer and one of embeddings; no cache is copied or moved.
 
-    ``data`` adds the one of the loop's condition.
+    Of logits, the winners of all parts travel, with their places. ``data`` adds the sum of the
+    loop's condition.
     """
     path = tmp_path / "found.json"
     monkeypatch.setattr("sys.argv", arguments(model, topology, mesh, json=path))
@@ -83,8 +84,9 @@ def test_a_decode_for_chips(model, topology, mesh, parts, tmp_path, monkeypatch,
     assert "a round" in capsys.readouterr().out
     (result,) = json.loads(path.read_text())["results"]
     turn = result["programs"]["plain"]["loop"]
-    sums = 2 * 2 + 1 + 2 + ("data" in mesh)
-    assert {kind: x["count"] for kind, x in turn["collectives"].items()} == {"all-reduce": sums}
+    sums, found = 2 * 2 + 1 + ("data" in mesh), turn["collectives"]
+    assert {kind: x["count"] for kind, x in found.items()} == {"all-reduce": sums, "all-gather": 2}
+    assert found["all-gather"]["bytes"] < 1024
     assert turn["copies"] == 0 and turn["cycles"] > 1000
     weights = folders.abstract_target(model, jnp.bfloat16)[1]
     size = 2 * sum(x.size for x in jax.tree.leaves(weights))

@@ -71,6 +71,16 @@ def test_configs_say_what_the_compiler_found():
     assert len(said) >= 4 and said <= found
 
 
+def test_readme_shows_the_batch_sizes():
+    """Of the padded target: greedy answers are those of plain decoding; the picture is of these."""
+    document = json.loads((README.parent / "benchmarks" / "batch.json").read_text())
+    assert report.text(document) in README.read_text()
+    assert {row["identical"] for row in document["results"]} == {True}
+    path = README.parent / "benchmarks" / "batch.png"
+    assert report.digest(document).encode() in path.read_bytes()
+    assert "](benchmarks/batch.png)" in README.read_text()
+
+
 def test_docs_show_the_compiled_decodes():
     results = json.loads((README.parent / "benchmarks" / "tpu_compile.json").read_text())["results"]
     text = (README.parent / "docs" / "tpu.md").read_text()
