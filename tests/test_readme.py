@@ -76,6 +76,8 @@ def test_readme_shows_the_batch_sizes():
     document = json.loads((README.parent / "benchmarks" / "batch.json").read_text())
     assert report.text(document) in README.read_text()
     assert {row["identical"] for row in document["results"]} == {True}
+    first = next(r for r in document["results"] if (r["method"], r["batch"]) == ("ctc", 1))
+    assert f"{first['speedup']:.2f} times as fast" in README.read_text().replace("\n", " ")
     path = README.parent / "benchmarks" / "batch.png"
     assert report.digest(document).encode() in path.read_bytes()
     assert "](benchmarks/batch.png)" in README.read_text()
