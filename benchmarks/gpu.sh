@@ -27,6 +27,7 @@ if [[ $PARTS == *steps* ]]; then
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 steps "$model" $model --base 512 64 1 --peers
   done
   CTC_SPEC_XLA=graphs steps llama2_7b_graphs llama2_7b --base 512 64 1
+  steps llama2_7b_int8 llama2_7b --base 512 64 1 --int8
 fi
 if [[ $PARTS == *growth* ]]; then
   steps nodes llama2_7b --repeats 3 --tree-nodes 1 4 16 64 256
