@@ -41,6 +41,19 @@ class Gpu:
     bandwidth: float
 
 
+_H100 = Gpu(
+    title="NVIDIA H100 SXM5 80GB",
+    capability=(9, 0),
+    processors=132,
+    lanes=128,
+    shared=228 << 10,
+    block_shared=227 << 10,
+    cache=50 << 20,
+    clock=1.98e9,
+    memory=80 * 10**9,
+    bandwidth=3.35e12,
+)
+
 GPUS = {
     "a100": Gpu(
         title="NVIDIA A100 SXM4 80GB",
@@ -54,29 +67,10 @@ GPUS = {
         memory=80 * 10**9,
         bandwidth=2.039e12,
     ),
-    "h100": Gpu(
-        title="NVIDIA H100 SXM5 80GB",
-        capability=(9, 0),
-        processors=132,
-        lanes=128,
-        shared=228 << 10,
-        block_shared=227 << 10,
-        cache=50 << 20,
-        clock=1.98e9,
-        memory=80 * 10**9,
-        bandwidth=3.35e12,
-    ),
-    "h200": Gpu(
-        title="NVIDIA H200 SXM 141GB",
-        capability=(9, 0),
-        processors=132,
-        lanes=128,
-        shared=228 << 10,
-        block_shared=227 << 10,
-        cache=50 << 20,
-        clock=1.98e9,
-        memory=141 * 10**9,
-        bandwidth=4.8e12,
+    "h100": _H100,
+    # The same chip beside more and faster memory.
+    "h200": dataclasses.replace(
+        _H100, title="NVIDIA H200 SXM 141GB", memory=141 * 10**9, bandwidth=4.8e12
     ),
 }
 """Those that can be named."""

@@ -61,7 +61,7 @@ def _random(key, name: str, leaf):
         return jnp.ones(leaf.shape, leaf.dtype)
     if leaf.dtype == jnp.int8:
         return jax.random.bits(key, leaf.shape, jnp.uint8).view(jnp.int8)
-    if "scale" in name:  # of a matrix in eight bits
+    if name == ".scale":  # of a matrix in eight bits
         return jnp.full(leaf.shape, _SCALE / 64, leaf.dtype)
     return _normal(key, leaf.shape, leaf.dtype)
 

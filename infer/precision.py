@@ -97,6 +97,7 @@ def compare(lm: DecoderLM, params: Params, rows: np.ndarray) -> list[Found]:
         return jax.nn.log_softmax(output_logits(params, hidden)[0], axis=-1)
 
     found = []
+    # The float32 law is made again for each: kept, it would take more memory than the weights.
     for name, narrow in tqdm(variants(params), total=2 * len(DTYPES), leave=False):
         parts = [np.asarray(sums(law(narrow, row), law(params, row), row)) for row in rows]
         means = np.stack(parts).sum(axis=0) / (rows.size - len(rows))

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from ctc_spec_jax.errors import InputError
 from ctc_spec_jax.models.config import DecoderConfig, config_from_hf, config_to_hf
 from ctc_spec_jax.models.decoder import DecoderLM
+from ctc_spec_jax.models.int8 import KERNELS
 from ctc_spec_jax.types import Params
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -192,7 +193,6 @@ _NAMES = {
     "output": "self_attn.o_proj",
     "down": "mlp.down_proj",
 }
-_KERNELS = ("head", "qkv", "output", "gate_up", "down")
 
 
 def _parts(path: tuple[str, ...], leaf: np.ndarray, group: int) -> list[_Part]:
@@ -211,8 +211,8 @@ def _parts(path: tuple[str, ...], leaf: np.ndarray, group: int) -> list[_Part]:
     parts = []
     for key, view in views.items():
         # A kernel is (in, out) here and (out, in) there.
-        view = np.moveaxis(view, 0, -1) if leaf_name in _KERNELS else view
-        matrix = leaf_name in _KERNELS or leaf_name == "embedding"
+        view = np.moveaxis(view, 0, -1) if leaf_name in KERNELS else view
+        matrix = leaf_name in KERNELS or leaf_name == "embedding"
         shape = (math.prod(view.shape[:-1]), view.shape[-1]) if matrix else (view.size,)
         parts.append(_Part(f"{stem}{key}.{suffix}", view, shape))
     return parts

@@ -20,7 +20,7 @@ from ctc_spec_jax import sharding
 from ctc_spec_jax.types import Params
 
 KERNELS = ("qkv", "output", "gate_up", "down", "head")
-"""Parameters that are stored so: the matrices of layers, and the LM head."""
+"""The matrices of layers and the LM head, all of which products read [D, ...]."""
 
 _LARGEST = 127
 
